@@ -1,0 +1,307 @@
+"""The configuration: one YAML file, dotted overrides, every value checked before anything runs.
+
+Each key is declared once, below, with its default, its range and its meaning. The paper's recipe
+("Knowledge Fusion of Large Language Models", section 4) gives the defaults of training.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fusejax.errors import UserError
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """A model: a local Hugging Face folder or a hub name."""
+
+    model: str
+    name: str = ""  # how reports call it; default: the last part of `model`
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+class CorpusConfig(Section):
+    """Where documents come from; see `fusejax.corpus`."""
+
+    path: str  # FILE.jsonl[.gz] | FILE.parquet | FILE.txt | a folder of these | a local TFDS folder
+    #          | tfds:NAME | huggingface:NAME | stdlib:
+    split: str = "train"
+    text_key: str = "text"
+    domain_key: str | None = None  # a column that names each document's domain
+    domains: tuple[str, ...] | None = None  # keep these domains only
+    limit: int | None = Field(None, ge=1)  # at most so many documents of each domain
+    limit_bytes: int | None = Field(None, ge=1)  # at most so many bytes of text of each domain
+
+
+class CacheConfig(Section):
+    """The source caches: top-k next-token distributions of every source."""
+
+    top_k: int = Field(10, ge=1, le=1024)
+    values: Literal["float16", "float32"] = "float16"
+    batch_tokens: int = Field(8192, ge=1)  # tokens of one forward pass, padding included
+
+
+class AlignmentConfig(Section):
+    """Row maps and token maps."""
+
+    rows: Literal["exact", "boundary", "inside"] = "inside"
+    tokens: Literal["exact", "prefix"] = "prefix"
+    gold_chain: bool = True
+    fallback: Literal["gold", "skip"] = "gold"
+    collisions: Literal["sum", "first"] = "sum"
+
+
+class FusionConfig(Section):
+    """How the aligned distributions become one."""
+
+    kind: Literal["min_ce", "avg_ce", "fixed"] = "min_ce"
+    level: Literal["document", "token"] = "document"
+    window: int = Field(16, ge=1)  # level token: CE is averaged over so many rows around each
+    ce_unit: Literal["byte", "aligned", "token"] = "byte"
+    temperature: float = Field(1.0, gt=0)  # avg_ce: weights are softmax(-CE / temperature)
+    weights: tuple[float, ...] | None = None  # kind fixed: one weight for each source
+
+
+class LossConfig(Section):
+    """L = weight_clm * L_CLM + (1 - weight_clm) * L_Fusion."""
+
+    kind: Literal["ce", "kl"] = "ce"
+    weight_clm: float = Field(0.9, ge=0, le=1)
+    schedule: Literal["constant", "linear"] = "constant"  # linear: weight_clm rises to 1 over the run
+    temperature: float = Field(1.0, gt=0)
+    tail: Literal["tail", "renormalize"] = "tail"
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up; the paper's values."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.008, ge=0, le=1)
+    end_ratio: float = Field(0.0, ge=0, le=1)  # final learning rate / peak
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+
+
+class BatchConfig(Section):
+    """What one optimizer step sees."""
+
+    sequences: int = Field(128, ge=1)  # packed sequences of `max_length` tokens
+    epochs: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1)  # overrides epochs
+
+
+class MeshConfig(Section):
+    """Devices along each mesh axis; their product is the number of devices used."""
+
+    data: int = Field(1, ge=1)
+    fsdp: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
+
+
+class PrecisionConfig(Section):
+    """Computation and parameters; parameters, sums and losses stay float32."""
+
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    params: Literal["float32"] = "float32"
+
+
+class CheckpointConfig(Section):
+    """Orbax checkpoints of the training state."""
+
+    every: int = Field(500, ge=1)  # steps
+    keep: int = Field(2, ge=1)
+    resume: bool = True  # go on from the latest checkpoint
+
+
+class EvaluationConfig(Section):
+    """Held-out documents, and what the fused model is compared with."""
+
+    corpus: CorpusConfig | None = None
+    clm: bool = True  # also train with CLM alone: same data, steps and seed
+    batch_tokens: int = Field(8192, ge=1)
+
+
+class Config(Section):
+    """The whole job."""
+
+    target: ModelConfig
+    sources: tuple[ModelConfig, ...] = ()
+    corpus: CorpusConfig
+    max_length: int = Field(2048, ge=8)
+    cache: CacheConfig = CacheConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    fusion: FusionConfig = FusionConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    mesh: MeshConfig = MeshConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    remat: Literal["none", "full"] = "none"
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: str = ""
+    seed: int = Field(0, ge=0)
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct_names(cls, sources: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        labels = [source.label for source in sources]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two sources are called {label!r}: give one of them another `name`")
+            if label in ("target", "clm", "fused", "average") or "/" in label or label.startswith("."):
+                raise ValueError(f"a source cannot be called {label!r}: give it another `name`")
+        return sources
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        n, weights = len(self.sources), self.fusion.weights
+        if self.fusion.kind == "fixed" and (weights is None or len(weights) != n):
+            raise ValueError(f"fusion.weights: kind 'fixed' needs one weight for each of the {n} sources")
+        if self.fusion.kind != "fixed" and weights is not None:
+            raise ValueError("fusion.weights: only used with fusion.kind 'fixed'")
+        if self.batch.sequences % (self.mesh.data * self.mesh.fsdp):
+            raise ValueError(
+                f"batch.sequences: {self.batch.sequences} does not divide over mesh.data x mesh.fsdp = "
+                f"{self.mesh.data * self.mesh.fsdp}"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read CONFIG.yaml, apply `key=value` overrides (values in YAML), validate.
+
+    `output` defaults to runs/NAME for NAME.yaml. Raises UserError with one line that names the file and the key.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: should hold `key: value` lines, as in configs/quickstart.yaml")
+    for override in overrides or []:
+        _apply(values, override)
+    values.setdefault("output", f"runs/{path.stem}")
+    return validate(values, where=str(path))
+
+
+def validate(values: dict[str, Any], where: str = "config") -> Config:
+    """`values` as a Config, or a UserError naming the key."""
+    _refuse_unknown(values, Config, "", where)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        got = f" (got {first['input']!r})" if first["type"] not in ("missing", "value_error") else ""
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}{got}") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` of it gives `config` again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override has the form key=value, for example batch.sequences=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, last = key.split(".")
+    node: Any = values
+    for i, part in enumerate(parents):
+        child = _step(node, part, override)
+        if child is None or isinstance(child, str):
+            # `target: NAME` is short for `target: {model: NAME}`.
+            child = {"model": child} if isinstance(child, str) else {}
+            node[int(part) if isinstance(node, list) else part] = child
+        node = child
+    if isinstance(node, list):
+        _step(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _step(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"{override!r}: {part!r} should be an index below {len(node)}")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise UserError(f"{override!r}: there is nothing below {part!r} to set")
+    return node.get(part)
+
+
+def _refuse_unknown(values: Any, section: type[Section], prefix: str, where: str) -> None:
+    """Unknown keys get their own message, with the nearest known key."""
+    if isinstance(values, list | tuple):
+        for i, value in enumerate(values):
+            _refuse_unknown(value, section, f"{prefix}{i}.", where)
+    if not isinstance(values, dict):
+        return
+    known = section.model_fields
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else "known here: " + ", ".join(known)
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+        inner = _SECTIONS.get((section, str(key)))
+        if inner is not None:
+            _refuse_unknown(value, inner, f"{prefix}{key}.", where)
+
+
+def _sections() -> dict[tuple[type[Section], str], type[Section]]:
+    """(section, key) → the section that the key holds, alone, optional or in a tuple."""
+    found = {}
+    for section in Section.__subclasses__():
+        for key, field in section.model_fields.items():
+            nested = getattr(field.annotation, "__args__", (field.annotation,))
+            for kind in nested:
+                if isinstance(kind, type) and issubclass(kind, Section):
+                    found[section, key] = kind
+    return found
+
+
+_SECTIONS = _sections()

@@ -1,0 +1,79 @@
+"""Progress on anything that takes more than a moment: bars on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=False, highlight=False, soft_wrap=True)
+
+_PLAIN_INTERVAL_S = 5.0
+
+
+class Bar:
+    """What `progress` yields: call `advance(n, note)` as work gets done."""
+
+    def __init__(self, title: str, total: int, bar: Progress | None):
+        self._title, self._total, self._bar = title, total, bar
+        self._done, self._note = 0, ""
+        self._start = self._last_line = time.monotonic()
+        self._task = bar.add_task(title, total=total, note="") if bar else None
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done, self._note = self._done + n, note or self._note
+        if self._bar is not None:
+            self._bar.update(self._task, advance=n, note=self._note)  # type: ignore[arg-type]
+        elif time.monotonic() - self._last_line >= _PLAIN_INTERVAL_S and self._done < self._total:
+            self._last_line = time.monotonic()
+            self._line()
+
+    def _line(self) -> None:
+        elapsed = time.monotonic() - self._start
+        left = elapsed / self._done * (self._total - self._done) if self._done else 0.0
+        when = f"{elapsed:.0f} s, {left:.0f} s left" if self._done < self._total else f"{elapsed:.1f} s"
+        print(f"{self._title}: {self._done}/{self._total} [{when}] {self._note}".rstrip(), flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Bar]:
+    """A bar titled `title` over `total` units of work; a line every few seconds where there is no terminal."""
+    if not console.is_terminal:
+        bar = Bar(title, total, None)
+        yield bar
+        bar._line()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as rich_bar:
+        yield Bar(title, total, rich_bar)
+
+
+def say(message: str) -> None:
+    """One line for the user on standard output, at once."""
+    if console.is_terminal:
+        console.print(message, markup=False)
+    else:
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line for the user on standard error."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,257 @@
+"""The on-disk format of everything made per document: documents, tokens, source rows, row maps.
+
+A *store* is a folder with `manifest.json` and ArrayRecord shards that hold a fixed number of documents each, in
+corpus order, so that record i is found in O(1) and a half-done store goes on at its first missing shard. Shards and
+manifest are written to temporary names and renamed: what has its final name is whole. Every record carries a checksum.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusejax.errors import UserError
+
+FORMAT = 1
+Record = Mapping[str, "np.ndarray | str | bytes"]
+Inputs = Mapping[str, str | int | float | bool | None]
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that tell two values apart: bytes, or anything that JSON can hold (keys in any order)."""
+    if not isinstance(value, bytes):
+        value = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
+    return sha256(value).hexdigest()[:16]
+
+
+def file_fingerprint(path: str | os.PathLike) -> str:
+    """16 hex digits over a file's bytes."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
+    """Write a whole file or nothing; a full disk or a read-only folder is a UserError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise writing_failed(path, error) from None
+
+
+def writing_failed(path: str | os.PathLike, error: OSError) -> UserError:
+    """What went wrong with writing `path`, and what would be right."""
+    advice = {28: "free some space and run the same command again", 122: "the disk quota is used up"}
+    reason = advice.get(error.errno or 0, "choose another `output`, or make it writable")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}): {reason}")
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """The folder, made where it is missing; UserError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise writing_failed(path, error) from None
+    return Path(path)
+
+
+def check_inputs(folder: Path, made_from: Inputs, wanted: Inputs, remedy: str = "") -> None:
+    """UserError, naming every input that differs, unless the folder was made from what is wanted."""
+    differing = [key for key in {**made_from, **wanted} if made_from.get(key) != wanted.get(key)]
+    if differing:
+        details = ", ".join(f"{key} ({made_from.get(key)} there, {wanted.get(key)} now)" for key in differing)
+        remedy = remedy or "remove that folder to make it anew, or choose another `output`"
+        raise UserError(f"{folder}: was made with another {details}; {remedy}")
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The manifest of a store, None where there is none."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove {folder} to make it anew") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a store of format {FORMAT}; remove {folder} to make it anew")
+    return manifest
+
+
+class StoreWriter:
+    """Writes a store shard by shard; goes on with what an interrupted run left.
+
+    inputs: flat values (fingerprints, settings) that determine the contents. A folder made from other inputs is
+    refused with a UserError that names what differs.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, inputs: Inputs, n_records: int, shard_records: int = 64
+    ) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            make_folder(self.folder)
+            manifest = {
+                "format": FORMAT,
+                "inputs": dict(inputs),
+                "n_records": n_records,
+                "shard_records": shard_records,
+                "complete": False,
+                "summary": {},
+            }
+            write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1))
+        check_inputs(self.folder, manifest["inputs"], inputs)
+        if manifest["n_records"] != n_records:
+            raise UserError(
+                f"{self.folder}: holds {manifest['n_records']} documents, now there are {n_records}; "
+                "remove that folder to make it anew"
+            )
+        self._manifest = manifest
+        self.done: bool = manifest["complete"]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self._manifest["summary"]
+
+    def missing(self) -> list[tuple[int, range]]:
+        """(shard, its record numbers) of every shard that is still to be written."""
+        size, total = self._manifest["shard_records"], self._manifest["n_records"]
+        spans = [(i, range(start, min(start + size, total))) for i, start in enumerate(range(0, total, size))]
+        return [(i, span) for i, span in spans if not _shard_path(self.folder, i).exists()]
+
+    def write(self, shard: int, records: Iterable[Record]) -> None:
+        """Write one shard, whole or not at all."""
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        path = _shard_path(self.folder, shard)
+        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        blobs = [_pack(record) for record in records]
+        try:
+            # The library aborts the process on a full disk, so ask first; the margin covers its own framing.
+            free = shutil.disk_usage(self.folder).free
+            if free < sum(map(len, blobs)) + 65536 * (1 + len(blobs) // 64):
+                raise OSError(28, "no space left on device")
+            with open(temporary, "wb"):  # a folder that cannot be written says so here
+                pass
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            for blob in blobs:
+                writer.write(blob)
+            writer.close()
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise writing_failed(path, error) from None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Mark the store complete; `summary` (JSON) stays in its manifest."""
+        missing = self.missing()
+        if missing:
+            raise ValueError(f"{self.folder}: {len(missing)} shards are still missing")
+        for leftover in self.folder.glob(".*.tmp*"):
+            leftover.unlink(missing_ok=True)
+        self._manifest.update(complete=True, summary=dict(summary))
+        write_atomically(self.folder / "manifest.json", json.dumps(self._manifest, indent=1))
+        self.done = True
+
+
+class Store:
+    """Random access to a complete store: `store[i]` is record i as {name: array, str or bytes}."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            raise UserError(f"{self.folder}: no store here; run the stage that makes it first")
+        if not manifest["complete"]:
+            raise UserError(f"{self.folder}: is not finished; run the stage that makes it again")
+        self.inputs: dict[str, Any] = manifest["inputs"]
+        self.summary: dict[str, Any] = manifest["summary"]
+        self._n, self._shard_records = manifest["n_records"], manifest["shard_records"]
+        self._starts = list(range(0, self._n, self._shard_records))
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < self._n:
+            raise IndexError(i)
+        shard = bisect_right(self._starts, i) - 1
+        try:
+            (blob,) = self._reader(shard).read([i - self._starts[shard]])
+            return _unpack(blob)
+        except (ValueError, IndexError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{_shard_path(self.folder, shard)}: record {i} is damaged ({error}); "
+                "remove this file and run the stage again"
+            ) from None
+
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(self._n))
+
+    def _reader(self, shard: int) -> Any:
+        if shard not in self._readers:
+            from array_record.python.array_record_module import ArrayRecordReader
+
+            path = _shard_path(self.folder, shard)
+            if not path.exists():
+                raise UserError(f"{path}: is missing; remove {self.folder} and run the stage again")
+            self._readers[shard] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+        return self._readers[shard]
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:06d}.array_record"
+
+
+# A record: crc32, header length, JSON header [[name, kind, shape]...], then the fields' bytes.
+
+
+def _pack(record: Record) -> bytes:
+    header, parts = [], []
+    for name, value in record.items():
+        if isinstance(value, str | bytes):
+            data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+            header.append([name, "str" if isinstance(value, str) else "bytes", [len(data)]])
+        else:
+            array = np.ascontiguousarray(value)
+            data = array.tobytes()
+            header.append([name, array.dtype.newbyteorder("<").str, list(array.shape)])
+        parts.append(data)
+    head = json.dumps(header, separators=(",", ":")).encode()
+    body = len(head).to_bytes(4, "little") + head + b"".join(parts)
+    return zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def _unpack(blob: bytes) -> dict[str, Any]:
+    if len(blob) < 8 or zlib.crc32(memoryview(blob)[4:]) != int.from_bytes(blob[:4], "little"):
+        raise ValueError("its checksum does not match")
+    at = 8 + int.from_bytes(blob[4:8], "little")
+    record: dict[str, Any] = {}
+    for name, kind, shape in json.loads(blob[8:at]):
+        if kind in ("str", "bytes"):
+            size = shape[0]
+            data = blob[at : at + size]
+            record[name] = data.decode("utf-8", "surrogatepass") if kind == "str" else data
+        else:
+            dtype = np.dtype(kind)
+            count = int(np.prod(shape))
+            size = count * dtype.itemsize
+            record[name] = np.frombuffer(blob, dtype, count, at).reshape(shape)
+        at += size
+    return record

@@ -1,0 +1,85 @@
+import pytest
+import yaml
+
+from fusejax import config
+from fusejax.errors import UserError
+
+MINIMAL = "target: a/b\nsources: [a/b, {model: c/d, name: e}]\ncorpus: {path: x}\n"
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def test_defaults_are_the_papers(path):
+    c = config.load(path)
+    assert (c.loss.weight_clm, c.cache.top_k, c.max_length, c.batch.sequences) == (0.9, 10, 2048, 128)
+    assert (c.optimizer.learning_rate, c.optimizer.warmup_ratio, c.optimizer.weight_decay) == (
+        1e-5,
+        0.008,
+        0.1,
+    )
+    assert c.output == "runs/job"
+    assert [s.label for s in c.sources] == ["b", "e"]
+
+
+def test_overrides(path):
+    c = config.load(
+        path,
+        ["optimizer.learning_rate=1e-4", "sources.1.name=z", "target.name=t", "output=o", "sources.0.name=q"],
+    )
+    assert c.optimizer.learning_rate == 1e-4
+    assert [s.label for s in c.sources] == ["q", "z"]
+    assert (c.target.model, c.target.name, c.output) == ("a/b", "t", "o")
+
+
+def test_dump_round_trips(path):
+    c = config.load(path)
+    assert config.validate(yaml.safe_load(config.dump(c))) == c
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", "did you mean optimizer.learning_rate"),
+        ("sources.0.modle=1", "did you mean sources.0.model"),
+        ("zzzz=1", "known here: target"),
+        ("evaluation.corpus.pth=3", "did you mean evaluation.corpus.path"),
+        ("batch.sequences=0", r"batch.sequences: .*greater than or equal to 1 \(got 0\)"),
+        ("fusion.kind=x", "'min_ce', 'avg_ce' or 'fixed'"),
+        ("fusion.weights=[1, 2]", "only used with"),
+        ("fusion.kind=fixed", "one weight for each of the 2 sources"),
+        ("mesh.data=3", "does not divide"),
+        ("sources.7.model=x", "index below 2"),
+        ("loose", "form key=value"),
+        ("max_length=[", "not valid YAML"),
+        ("sources.1.name=b", "two sources are called 'b'"),
+        ("sources.1.name=fused", "cannot be called 'fused'"),
+        ("corpus=3", "corpus"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_clear_line(path, override, message):
+    with pytest.raises(UserError, match=message) as raised:
+        config.load(path, [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such configuration"),
+        ("a: [", "line 1"),
+        ("- 1", "key: value"),
+        ("corpus: {path: x}", "target"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        config.load(file)
+    assert "bad.yaml" in str(raised.value)
