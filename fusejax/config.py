@@ -4,6 +4,7 @@ Each key is declared once, below, with its default, its range and its meaning. T
 ("Knowledge Fusion of Large Language Models", section 4) gives the defaults of training.
 """
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any, Literal
@@ -120,10 +121,11 @@ class MeshConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Computation and parameters; parameters, sums and losses stay float32."""
+    """Computation, parameters and export; parameters, sums and losses stay float32."""
 
     compute: Literal["float32", "bfloat16"] = "bfloat16"
     params: Literal["float32"] = "float32"
+    export: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the target's own
 
 
 class CheckpointConfig(Section):
@@ -244,13 +246,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not valid YAML") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, last = key.split(".")
     node: Any = values
-    for i, part in enumerate(parents):
+    for part in parents:
         child = _step(node, part, override)
         if child is None or isinstance(child, str):
             # `target: NAME` is short for `target: {model: NAME}`.

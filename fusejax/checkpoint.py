@@ -1,0 +1,73 @@
+"""Checkpoints of the training state; the only file that imports orbax.
+
+A save that was cut off leaves a temporary folder that is never taken for a checkpoint.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from fusejax.config import CheckpointConfig
+from fusejax.errors import UserError
+from fusejax.store import make_folder, writing_failed
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step it takes
+
+
+class Checkpoints:
+    """The checkpoints of one run: `save` writes in the background, `restore` gives the latest back.
+
+    Use as a context manager: leaving it waits for the last save.
+    """
+
+    def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
+        self.folder = make_folder(folder).resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            if kind is None:
+                raise writing_failed(self.folder, error) from None
+        finally:
+            self._manager.close()
+
+    def latest(self) -> int | None:
+        """The step of the latest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Save a pytree of arrays as step `step`; returns when the arrays are copied."""
+        if step == self.latest():
+            return
+        try:
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        except OSError as error:
+            raise writing_failed(self.folder, error) from None
+
+    def restore(self, like: Any) -> tuple[int, Any]:
+        """(step, state) of the latest checkpoint, laid out as `like`: arrays or shapes with dtypes and shardings."""
+        step = self.latest()
+        if step is None:
+            raise UserError(f"{self.folder}: holds no checkpoint; run `fusejax train` first")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
+        except (ValueError, KeyError, OSError) as error:
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{self.folder}/{step}: cannot be restored ({line[:200]}); remove it to go on from an earlier one"
+            ) from None
+        return step, restored["state"]

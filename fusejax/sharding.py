@@ -1,0 +1,82 @@
+"""The only file that names mesh axes.
+
+A mesh has three: `data` (replicas of the model), `fsdp` (parameters, optimizer state and batch split) and `tensor`
+(heads, MLP and vocabulary split). Parameters declare *logical* axes; the rules below say which mesh axis each goes to.
+Programs are jitted with these NamedShardings as input and output shardings, which is what `pjit` has become in JAX.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fusejax.config import MeshConfig
+from fusejax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis → mesh axis; an axis that is not listed is replicated.
+RULES: dict[str, str] = {
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "qkv": "tensor",
+    "vocab": "tensor",
+}
+
+BATCH = ("data", "fsdp")  # the batch dimension is split over both
+
+
+def make_mesh(config: MeshConfig | None = None) -> Mesh:
+    """The device mesh of a configuration; one device where there is none.
+
+    Raises UserError where the mesh asks for more devices than there are.
+    """
+    shape = (config.data, config.fsdp, config.tensor) if config else (1, 1, 1)
+    devices, needed = jax.devices(), int(np.prod(shape))
+    if needed > len(devices):
+        raise UserError(
+            f"mesh: data x fsdp x tensor = {shape[0]} x {shape[1]} x {shape[2]} needs {needed} devices, "
+            f"here {'is' if len(devices) == 1 else 'are'} {len(devices)} ({devices[0].platform})"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+
+
+def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array whose dimensions have these logical axes.
+
+    A dimension that its mesh axis does not divide stays whole, and a mesh axis is used once per array.
+    """
+    spec: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axis = RULES.get(axis) if axis else None
+        if mesh_axis in spec or (mesh_axis and size % mesh.shape[mesh_axis]):
+            mesh_axis = None
+        spec.append(mesh_axis)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Host arrays of the whole batch, [B, ...] each, as global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()
+    }
+
+
+def like(tree: Any) -> Any:
+    """The shardings of a pytree of arrays, for jit's in_shardings and out_shardings."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
