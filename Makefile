@@ -1,0 +1,49 @@
+# Two commands on a machine with Python >= 3.11: `make quickstart` and `make test`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON_LATEST ?= $(shell for p in python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?=
+
+.PHONY: quickstart test test-all test-latest lint clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/python train.py configs/quickstart.yaml
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+# Without torch, on the newest jax.
+test-latest: .venv-latest/installed
+	.venv-latest/bin/python -m pytest -m "not slow"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .venv-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; name one: make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python requirements.txt pyproject.toml
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv-latest/installed: requirements.txt requirements-test.txt pyproject.toml
+	@test -n "$(PYTHON_LATEST)" || { echo "error: the newest jax needs Python >= 3.12; name one: make PYTHON_LATEST=..."; exit 2; }
+	$(PYTHON_LATEST) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install -q -e . -r requirements-test.txt
+	touch $@

@@ -1,0 +1,112 @@
+"""The `fusejax` command: each stage of the job by itself, and what looks into its results."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from fusejax import __version__, config
+from fusejax.errors import UserError
+
+# What the stages do, in the order in which `train.py` runs them.
+STAGES = {
+    "prepare": "read the corpus, split long documents, tokenize for every model",
+    "sources": "run every source over the documents and store its top-k distributions",
+    "align": "map every source's rows and tokens to the target's",
+    "train": "train the target on the fused distributions, and on CLM alone for comparison",
+    "export": "write the trained model as a Hugging Face folder",
+    "evaluate": "bits per byte of every model on held-out documents",
+    "report": "write report.json and report.html",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `fusejax`."""
+    run(_command, arguments)
+
+
+def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake ends with one line on standard error and exit status 2."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (28, 122, 30, 13):  # no space, quota, read-only, permission
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in the form of all others."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The two arguments that every job takes."""
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration, for example configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="override a key, for example batch.sequences=16"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="fusejax", description="Knowledge fusion of causal language models, in JAX.")
+    parser.add_argument("--version", action="version", version=f"fusejax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, help_text in STAGES.items():
+        add_config(commands.add_parser(name, help=help_text, description=help_text.capitalize() + "."))
+    help_text = "validate a configuration and print stages, token counts and disk needed"
+    add_config(commands.add_parser("plan", help=help_text, description=help_text.capitalize() + "."))
+    help_text = "what a store (documents, tokens, source cache, row maps) holds"
+    inspect = commands.add_parser("inspect", help=help_text, description=help_text.capitalize() + ".")
+    inspect.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME")
+    inspect.add_argument("--record", type=int, default=0, metavar="N", help="the record to show (default 0)")
+    return parser
+
+
+def _command(arguments: Sequence[str] | None) -> None:
+    options = _parser().parse_args(arguments)
+    if options.command == "inspect":
+        from fusejax import inspection
+
+        inspection.show(options.path, options.record)
+        return
+    job = config.load(options.config, options.overrides)
+    if options.command == "plan":
+        from fusejax import plan
+
+        plan.show(job)
+        return
+    stage(options.command)(job)
+
+
+def stage(name: str) -> Callable[[config.Config], None]:
+    """The function that runs a stage. Imported when needed, so that `--help` stays instant."""
+    if name == "prepare":
+        from fusejax.corpus import prepare as chosen
+    elif name == "sources":
+        from fusejax.sources import run as chosen
+    elif name == "align":
+        from fusejax.alignment import run as chosen
+    elif name == "train":
+        from fusejax.training import run as chosen
+    elif name == "export":
+        from fusejax.training import export as chosen
+    elif name == "evaluate":
+        from fusejax.evaluation import run as chosen
+    else:
+        from fusejax.report import run as chosen
+    return chosen

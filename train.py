@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""The whole job: `python train.py CONFIG.yaml [key=value ...]`.
+
+Runs every stage that is not done yet; run again after an interruption, it goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+
+from fusejax import cli, config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = cli.Parser(prog="train.py", description=__doc__.splitlines()[0])
+    cli.add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, download and write nothing")
+    parser.add_argument("--no-resume", action="store_true", help="train anew, without the checkpoints of an earlier run")
+    options = parser.parse_args(arguments)
+    overrides = [*options.overrides, *(["checkpoint.resume=false"] if options.no_resume else [])]
+    job = config.load(options.config, overrides)
+
+    if options.dry_run:
+        from fusejax import plan
+
+        plan.show(job)
+        return
+
+    from fusejax import alignment, corpus, evaluation, report, sources, training
+
+    corpus.prepare(job)  # documents, tokens, boundaries
+    sources.run(job)  # every source's top-k distributions
+    alignment.run(job)  # row maps and token maps
+    training.run(job)  # fusion and loss, on packed batches
+    training.export(job)  # Hugging Face folders
+    evaluation.run(job)  # bits per byte, before and after
+    report.run(job)  # report.json, report.html
+
+
+if __name__ == "__main__":
+    cli.run(main)
