@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusejax.kernels.topk_unembed import topk_unembed
+
+
+def inputs(T=7, D=16, V=300, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(T, D)), dtype)
+    table = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    labels = jnp.asarray(rng.integers(-1, V, T), jnp.int32)
+    return hidden, table, labels
+
+
+def dense(hidden, table, labels, k, vocab_size, scale=1.0, soft_cap=None):
+    """The same in numpy float64."""
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64)[:, :vocab_size] * scale
+    if soft_cap:
+        logits = soft_cap * np.tanh(logits / soft_cap)
+    lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    ce = np.where(labels >= 0, lse - logits[np.arange(len(labels)), labels], 0)
+    return ids, np.take_along_axis(logits, ids, 1) - lse[:, None], lse, ce
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("block", [64, 75, 128, 300, 512])
+@pytest.mark.parametrize("vocab_size", [300, 291, 64, 20])
+def test_equals_a_dense_computation(implementation, block, vocab_size):
+    hidden, table, labels = inputs()
+    labels = jnp.where(labels < vocab_size, labels, -1)
+    out = topk_unembed(hidden, table, labels, k=10, vocab_size=vocab_size, block=block, implementation=implementation)
+    ids, logprobs, lse, ce = dense(hidden, table, np.asarray(labels), 10, vocab_size)
+    np.testing.assert_array_equal(out.ids, ids)
+    np.testing.assert_allclose(out.logprobs, logprobs, atol=1e-5)
+    np.testing.assert_allclose(out.log_normalizer, lse, atol=1e-5)
+    np.testing.assert_allclose(out.ce, ce, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_scale_and_soft_cap(implementation):
+    hidden, table, labels = inputs()
+    out = topk_unembed(hidden, table, labels, k=4, scale=0.5, soft_cap=3.0, block=128, implementation=implementation)
+    ids, logprobs, _, ce = dense(hidden, table, np.asarray(labels), 4, 300, 0.5, 3.0)
+    np.testing.assert_array_equal(out.ids, ids)
+    np.testing.assert_allclose(out.logprobs, logprobs, atol=1e-5)
+    np.testing.assert_allclose(out.ce, ce, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [3, 4, 16])
+def test_ties_go_to_the_lower_id_across_blocks(block):
+    table = jnp.zeros((2, 16)).at[:, 5].set(1.0).at[:, 11].set(1.0)
+    out = topk_unembed(jnp.ones((1, 2)), table, k=6, block=block)
+    assert out.ids[0].tolist() == [5, 11, 0, 1, 2, 3]
+
+
+def test_leading_dimensions_and_no_top_k():
+    hidden, table, labels = inputs(T=6)
+    flat = topk_unembed(hidden, table, labels, k=3)
+    out = topk_unembed(hidden.reshape(2, 3, -1), table, labels.reshape(2, 3), k=3)
+    np.testing.assert_array_equal(out.ids, flat.ids.reshape(2, 3, 3))
+    alone = topk_unembed(hidden, table, labels, k=0, block=100)
+    assert alone.ids.shape == (6, 0)
+    np.testing.assert_allclose(alone.ce, flat.ce, atol=1e-5)
+
+
+def test_bfloat16_hidden_states_are_summed_in_float32():
+    hidden, table, labels = inputs(dtype=jnp.bfloat16, D=256)
+    out = topk_unembed(hidden, table, labels, k=3, block=128)
+    rounded = np.asarray(table.astype(jnp.bfloat16), np.float64)
+    ids, logprobs, *_ = dense(np.asarray(hidden, np.float64), rounded, np.asarray(labels), 3, 300)
+    np.testing.assert_array_equal(out.ids, ids)
+    np.testing.assert_allclose(out.logprobs, logprobs, atol=1e-4)
+
+
+def test_a_broken_row_leaves_the_others_alone():
+    hidden, table, labels = inputs()
+    broken = topk_unembed(hidden.at[2, 0].set(jnp.nan), table, labels, k=3, block=128)
+    good = topk_unembed(hidden, table, labels, k=3, block=128)
+    assert np.isnan(broken.logprobs[2]).all()
+    keep = np.arange(7) != 2
+    np.testing.assert_array_equal(broken.logprobs[keep], good.logprobs[keep])
+
+
+def test_never_holds_the_whole_logits():
+    hidden, table, labels = inputs(T=64, D=8, V=4096)
+    run = jax.jit(lambda h, t, y: topk_unembed(h, t, y, k=4, block=256))
+    text = run.lower(hidden, table, labels).as_text()
+    assert "64x256xf32" in text
+    assert "64x4096xf32" not in text
+
+
+def test_more_than_the_vocabulary_is_refused():
+    hidden, table, _ = inputs()
+    with pytest.raises(ValueError, match="vocab_size"):
+        topk_unembed(hidden, table, k=301)
