@@ -1,0 +1,217 @@
+"""The training loss: L = λ · L_CLM + (1 − λ) · L_Fusion, from hidden states and sparse fused targets.
+
+Both terms come out of one pass over the logits, made and dropped block by block, so that fusing costs what a plain
+cross-entropy costs. `fusejax.kernels.fusion_loss` holds the pass (`xla`) and what it is checked against (`reference`).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fusejax.fusion import merge_repeated
+from fusejax.kernels.fusion_loss import xla
+
+Kind = Literal["ce", "kl"]
+Tail = Literal["tail", "renormalize"]
+Gradients = Literal["forward", "recompute"]
+
+# Elements of one block of logits: 64 MB in float32.
+BLOCK_ELEMENTS = 1 << 24
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over tokens, float32 scalars. A mean is a sum divided by `count`, after both were added over microbatches.
+
+    total: λ·clm + (1−λ)·fusion + z_loss, the one differentiable field. clm: cross-entropy of the labels, nats.
+    fusion: divergence from the fused targets, nats. z_loss: as added to total. count: Σ mask.
+    target_entropy: entropy of the fused targets, the tail as one event (before temperature), nats.
+    model_entropy: entropy of the model's distribution; 0 unless asked for.
+    """
+
+    total: Array
+    clm: Array
+    fusion: Array
+    z_loss: Array
+    count: Array
+    target_entropy: Array
+    model_entropy: Array
+
+
+def block_tokens(vocab_size: int, batch_shards: int = 1) -> int:
+    """Tokens of one block of logits: 64 MB of float32 on each of the `batch_shards` devices that share the tokens."""
+    return max(8, BLOCK_ELEMENTS // vocab_size) * batch_shards
+
+
+def clm_weight(step: Array | int, steps: int, start: float, schedule: str = "constant") -> Array:
+    """λ at `step`: `start` throughout, or rising linearly to 1: start + (1 − start)·step/steps. float32[]."""
+    if schedule == "constant":
+        return jnp.asarray(start, jnp.float32)
+    if schedule != "linear":
+        raise ValueError(f"clm_weight: schedule {schedule!r} should be constant or linear")
+    return start + (1 - start) * jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0, 1)
+
+
+def fusion_loss(
+    hidden: Array,
+    unembedding: Array,
+    labels: Array,
+    target_ids: Array,
+    target_probs: Array,
+    mask: Array | None = None,
+    *,
+    weight_clm: Array | float,
+    kind: Kind = "ce",
+    temperature: float = 1.0,
+    tail: Tail = "tail",
+    fusion_mask: Array | None = None,
+    block: int | None = None,
+    logit_scale: float = 1.0,
+    logit_cap: float | None = None,
+    z_loss: float = 0.0,
+    model_entropy: bool = False,
+    gradients: Gradients = "forward",
+) -> LossSums:
+    """λ · L_CLM + (1 − λ) · L_Fusion ("Knowledge Fusion of Large Language Models", section 3.1), summed over tokens.
+
+    Shapes, with any leading dimensions `...`: hidden float[..., D] (float32 or bfloat16: the matmuls' type; they add up
+    in float32), unembedding float[D, V], labels int32[...] (−1: no label, the row counts for nothing), target_ids
+    int32[..., M] (−1: empty; repeats add up), target_probs float[..., M] (0 ≤, row sum ≤ 1), mask bool or float[...]
+    (per-token weights). With logits z = logit_scale · hidden @ unembedding, capped to logit_cap · tanh(z/logit_cap):
+
+      clm    = logsumexp(z) − z[label]
+      fusion = Σ_e t_e · (−log s_e) for kind `ce`;  Σ_e t_e · (log t_e − log s_e) for `kl`
+
+    Under tail `renormalize` the events e are the V tokens, t the target scaled to sum 1 and tempered (t ∝ q^(1/τ)), and
+    s = softmax(z/τ). Under `tail` they are the target's ids and one event for all other tokens together, t its
+    probabilities 1 − Σq included and s the model's probabilities of the same events; with a temperature both sides'
+    event probabilities, the tail's like any other, are raised to 1/τ and scaled to sum 1. So the divergence is ≥ 0 and,
+    at τ = 1, at most that of the full distributions. No factor τ² is applied. z_loss · logsumexp(z)² may be added.
+
+    weight_clm is λ, a float or a traced scalar. fusion_mask float[...] weighs the fusion term on its own (default:
+    mask where there is a label), labels or not; `count` remains that of the CLM term. block: about how many tokens
+    share one block of logits over all devices (default `block_tokens(V)`); no array of tokens × V beyond it is made.
+    gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the backward
+    pass), `recompute` in the backward pass. Only `total` is differentiable, in hidden and unembedding.
+
+    >>> hidden, unembedding = jnp.eye(2, 4), jnp.eye(4, 6)
+    >>> sums = fusion_loss(
+    ...     hidden, unembedding, jnp.array([0, 1]), jnp.array([[0], [1]]), jnp.ones((2, 1)), weight_clm=0.9
+    ... )
+    >>> bool(jnp.allclose(sums.total, sums.clm)), float(sums.count)  # one-hot targets: the fusion loss is the CLM loss
+    (True, 2.0)
+    """
+    D, V = unembedding.shape
+    T, M = labels.size, target_ids.shape[-1]
+    on_clm = _clm_weights(labels, mask)
+    on_fusion = on_clm if fusion_mask is None else fusion_mask.astype(jnp.float32)
+    ids, q, rest, entropy = _events(target_ids, target_probs, tail == "tail")
+    t, t_rest = _tempered(q, rest, ids, temperature)
+    constant = _entropy(t, t_rest) if kind == "kl" else jnp.zeros_like(rest)
+    rows = xla.Rows(
+        labels=labels.reshape(T),
+        ids=ids.reshape(T, M),
+        q=t.reshape(T, M),
+        rest=t_rest.reshape(T),
+        constant=constant.reshape(T),
+        clm_weight=on_clm.reshape(T),
+        fusion_weight=on_fusion.reshape(T),
+    )
+    options = xla.Options(
+        blocks=max(1, -(-T // (block or block_tokens(V)))),
+        temperature=temperature,
+        tail=tail == "tail",
+        nonnegative=kind == "kl",
+        logit_scale=logit_scale,
+        logit_cap=logit_cap,
+        z_loss=z_loss,
+        model_entropy=model_entropy,
+        gradients=gradients,
+    )
+    λ = jnp.asarray(weight_clm, jnp.float32)
+    total, sums = xla.losses(hidden.reshape(T, D), unembedding, jax.lax.stop_gradient(rows), λ, options)
+    sums = jax.lax.stop_gradient(sums)
+    return LossSums(
+        total=total,
+        clm=sums.clm,
+        fusion=sums.fusion,
+        z_loss=sums.z_loss,
+        count=jnp.sum(on_clm),
+        target_entropy=jax.lax.stop_gradient(jnp.sum(on_fusion * entropy)),
+        model_entropy=sums.entropy,
+    )
+
+
+def clm_loss(hidden: Array, unembedding: Array, labels: Array, mask: Array | None = None, **options) -> LossSums:
+    """The causal language-model loss alone, made the same way: `fusion_loss` with λ = 1 and empty targets.
+
+    hidden float[..., D], unembedding float[D, V], labels int32[...] (−1: none), mask bool or float[...]; options:
+    block, logit_scale, logit_cap, z_loss, model_entropy, gradients. `fusion` and `target_entropy` are 0.
+
+    >>> sums = clm_loss(jnp.zeros((3, 4)), jnp.zeros((4, 8)), jnp.array([1, 2, -1]))
+    >>> round(float(sums.total / sums.count), 4)  # log 8
+    2.0794
+    """
+    none = jnp.zeros((*labels.shape, 0), jnp.float32)
+    return fusion_loss(
+        hidden,
+        unembedding,
+        labels,
+        none.astype(jnp.int32),
+        none,
+        mask,
+        weight_clm=1.0,
+        tail="renormalize",
+        **options,
+    )
+
+
+def _clm_weights(labels: Array, mask: Array | None) -> Array:
+    weights = jnp.ones(labels.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    return jnp.where(labels >= 0, weights, 0.0)
+
+
+def _events(ids: Array, probs: Array, tail: bool) -> tuple[Array, Array, Array, Array]:
+    """(distinct ids, their probabilities, the tail's probability, the entropy of these events)."""
+    probs = probs.astype(jnp.float32)
+    probs = jnp.where((ids >= 0) & (probs > 0) & jnp.isfinite(probs), probs, 0.0)
+    ids, q = merge_repeated(ids, probs)
+    if tail:
+        rest = _residual(q)
+    else:
+        total = jnp.sum(q, -1, keepdims=True)
+        q = q / jnp.where(total > 0, total, 1.0)
+        rest = jnp.zeros(q.shape[:-1], jnp.float32)
+    return ids, q, rest, _entropy(q, rest)
+
+
+def _residual(q: Array) -> Array:
+    """max(0, 1 − Σq), exact to about 1e-11: the multiples of 2^-12 in q add up without rounding, and then the rests."""
+    coarse = jnp.round(q * 4096) / 4096
+    return jnp.maximum((1 - jnp.sum(coarse, -1)) - jnp.sum(q - coarse, -1), 0.0)
+
+
+def _tempered(q: Array, rest: Array, ids: Array, temperature: float) -> tuple[Array, Array]:
+    """Event probabilities to the power 1/τ, scaled to sum 1; rows without any stay empty."""
+    if temperature == 1:
+        return q, rest
+    log_t = jnp.log(jnp.concatenate([jnp.where(ids >= 0, q, 0.0), rest[..., None]], -1)) / temperature
+    top = jnp.max(log_t, -1, keepdims=True)
+    t = jnp.exp(log_t - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(t, -1, keepdims=True)
+    t = t / jnp.where(total > 0, total, 1.0)
+    return t[..., :-1], t[..., -1]
+
+
+def _entropy(q: Array, rest: Array) -> Array:
+    return -jnp.sum(_x_log_x(q), -1) - _x_log_x(rest)
+
+
+@partial(jax.jit, inline=True)
+def _x_log_x(x: Array) -> Array:
+    return jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, x, 1.0)), 0.0)
