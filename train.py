@@ -13,7 +13,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = cli.Parser(prog="train.py", description=__doc__.splitlines()[0])
     cli.add_config(parser)
     parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, download and write nothing")
-    parser.add_argument("--no-resume", action="store_true", help="train anew, without the checkpoints of an earlier run")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="train anew, without the checkpoints of an earlier run"
+    )
     options = parser.parse_args(arguments)
     overrides = [*options.overrides, *(["checkpoint.resume=false"] if options.no_resume else [])]
     job = config.load(options.config, overrides)

@@ -49,6 +49,7 @@ class CorpusConfig(Section):
     domains: tuple[str, ...] | None = None  # keep these domains only
     limit: int | None = Field(None, ge=1)  # at most so many documents of each domain
     limit_bytes: int | None = Field(None, ge=1)  # at most so many bytes of text of each domain
+    expected_tokens: int | None = Field(None, ge=1)  # only for plans of a corpus that is not on this machine
 
 
 class CacheConfig(Section):

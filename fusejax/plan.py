@@ -1,0 +1,126 @@
+"""`--dry-run` and `fusejax plan`: what a job will do, how many tokens, how much disk; nothing is fetched or written.
+
+Token counts come from the corpus where it is on this machine, else from `corpus.expected_tokens`; parameter counts from
+the models' own configurations where they are here, else from the size in their names, and the plan says which.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from fusejax.config import Config, ModelConfig
+from fusejax.corpus import local_size
+from fusejax.errors import UserError
+from fusejax.progress import console, say
+
+BYTES_PER_TOKEN = 4.0  # of text, for a corpus whose tokens nobody has counted yet
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's parameters, its vocabulary, and how both are known."""
+
+    parameters: float
+    vocab: int
+    known_by: str
+
+
+def model_size(model: ModelConfig) -> Size:
+    """From the configuration where the model is on this machine, else from its name ("...-7b")."""
+    from fusejax import models
+
+    if Path(model.model).is_dir():
+        config = models.read_config(model.model)[1]
+        return Size(models.count_parameters(config), config.vocab_size, "its config.json")
+    if model.model.startswith((".", "/", "~")):
+        raise UserError(f"{model.model}: no such folder")
+    found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", model.model.lower())
+    if not found:
+        return Size(float("nan"), 65536, "unknown until it is fetched")
+    return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 65536, "its name")
+
+
+def corpus_tokens(config: Config) -> tuple[float, str]:
+    """(tokens of the training corpus, how that is known)."""
+    size = local_size(config.corpus)
+    if size is not None:
+        return (
+            size / BYTES_PER_TOKEN,
+            f"{size / 1e6:.1f} MB of text on this machine, {BYTES_PER_TOKEN:.0f} bytes a token",
+        )
+    if config.corpus.expected_tokens is None:
+        return float("nan"), "unknown until the corpus is fetched; set corpus.expected_tokens for a plan"
+    return float(config.corpus.expected_tokens), "corpus.expected_tokens"
+
+
+def show(config: Config) -> None:
+    """Print the plan. Raises UserError where a local model or corpus is missing or of no use."""
+    tokens, tokens_known_by = corpus_tokens(config)
+    target = model_size(config.target)
+    sources = [(source, model_size(source)) for source in config.sources]
+    batch = config.batch.sequences * config.max_length
+    steps = config.batch.steps or max(1.0, tokens / batch) * config.batch.epochs
+    say(f"tokens of the corpus: {_number(tokens)} ({tokens_known_by})")
+    say(f"training: {_number(steps)} steps of {config.batch.sequences} sequences x {config.max_length} tokens")
+
+    table = Table("stage", "work", "folder", "disk")
+    total = 0.0
+    folder = config.folder
+
+    def row(stage: str, work: str, where: Path, disk: float) -> None:
+        nonlocal total
+        total += disk
+        table.add_row(stage, work, str(where), _bytes(disk))
+
+    row(
+        "prepare",
+        f"tokenize for up to {1 + len(sources)} tokenizers",
+        folder / "data",
+        tokens * (4 + 8 * (1 + len(sources))),
+    )
+    for source, size in sources:
+        per_row = (
+            config.cache.top_k * ((2 if size.vocab <= 65536 else 4) + (2 if config.cache.values == "float16" else 4))
+            + 4
+        )
+        work = f"{_number(size.parameters)} parameters (by {size.known_by}), top-{config.cache.top_k}"
+        row(f"source {source.label}", work, folder / "sources" / source.label, tokens * per_row)
+    for source, _ in sources:
+        row(
+            f"align {source.label}",
+            f"rows {config.alignment.rows}, tokens {config.alignment.tokens}",
+            folder / "alignment",
+            tokens * 8,
+        )
+    state = target.parameters * 4 * 3 * (config.checkpoint.keep + 1)  # parameters and two moments, float32
+    for name, where in [("fused", folder), *([("clm", folder / "clm")] if config.evaluation.clm else [])]:
+        what = f"{_number(tokens * config.batch.epochs if not config.batch.steps else steps * batch)} tokens"
+        row(f"train {name}", f"{what}, {_number(target.parameters)} parameters", where / "checkpoints", state)
+        row(f"export {name}", "Hugging Face folder", where / "export", target.parameters * 4)
+    row(
+        "evaluate",
+        "bits per byte, held-out documents" if config.evaluation.corpus else "no evaluation.corpus: skipped",
+        folder / "evaluation",
+        0.0,
+    )
+    row("report", "report.json, report.html", folder, 2e6)
+    console.print(table)
+    say(f"disk needed: {_bytes(total)} in {folder}")
+    unseen = [model.model for model in (config.target, *config.sources) if not Path(model.model).is_dir()]
+    if unseen:
+        say("checked: every key. Not checked, as they are not on this machine: " + ", ".join(dict.fromkeys(unseen)))
+
+
+def _number(value: float) -> str:
+    if value != value:
+        return "?"
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e4)):
+        if value >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    return "?" if value != value else f"{_number(value)}B" if value >= 1e6 else f"{value / 1e3:.0f} kB"

@@ -1,0 +1,107 @@
+"""The report's plots, as SVG text that can stand in a page; the same numbers give the same bytes."""
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+matplotlib.rcParams.update(
+    {
+        "svg.hashsalt": "fusejax",
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.axisbelow": True,
+    }
+)
+
+COLORS = {"fused": "#c2410c", "clm": "#2563eb", "target": "#6b7280"}
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _smooth(values: list[float], window: int) -> list[float]:
+    """Trailing mean: at each step over the last `window` values."""
+    sums, result = 0.0, []
+    for i, value in enumerate(values):
+        sums += value - (values[i - window] if i >= window else 0.0)
+        result.append(sums / min(i + 1, window))
+    return result
+
+
+def losses(histories: dict[str, list[dict[str, Any]]]) -> str:
+    """CLM loss against tokens, of every run: the comparison of the paper's figure."""
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    for name, history in histories.items():
+        if not history:
+            continue
+        seen, tokens = 0.0, []
+        for row in history:
+            seen += row["tokens"]
+            tokens.append(seen / 1e6)
+        values = [row["clm_loss"] for row in history]
+        color = COLORS.get(name)
+        axes.plot(tokens, values, color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(tokens, _smooth(values, max(1, len(values) // 20)), color=color, label=f"{name}, training text")
+    axes.set_xlabel("million target tokens")
+    axes.set_ylabel("CLM loss (nats per token)")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def bits_per_byte(report: dict[str, Any]) -> str:
+    """Bars by domain, one for each model."""
+    scores = report["evaluation"]["bits_per_byte"]
+    columns = list(next(iter(scores.values())))
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    width = 0.8 / len(scores)
+    greys = iter(plt.get_cmap("Greys")([0.25 + 0.4 * i / max(1, len(scores)) for i in range(len(scores))]))
+    for i, (name, values) in enumerate(scores.items()):
+        at = [column + (i - (len(scores) - 1) / 2) * width for column in range(len(columns))]
+        color = COLORS[name] if name in ("fused", "clm") else next(greys)
+        axes.bar(at, [values[column] for column in columns], width * 0.92, label=name, color=color)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_ylabel("bits per byte")
+    axes.grid(axis="x", visible=False)
+    axes.legend(frameon=False, ncols=min(6, len(scores)), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return _svg(figure)
+
+
+def alignment(report: dict[str, Any]) -> str:
+    """Left: how each source's rows were found. Right: the share of rows that each source won."""
+    names = list(report["alignment"])
+    won = report["training"].get("fused", {}).get("rows_won", {})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.9 + 0.5 * len(names)), sharey=True)
+    starts = [0.0] * len(names)
+    kinds = list(dict.fromkeys(kind for name in names for kind in report["alignment"][name]["kinds"]))
+    palette = {"fallback": "#d1d5db"}
+    shades = iter(["#166534", "#22c55e", "#86efac", "#0e7490"])
+    for kind in kinds:
+        shares = [100 * report["alignment"][name]["kinds"].get(kind, 0.0) for name in names]
+        left.barh(names, shares, left=starts, label=kind, color=palette.get(kind) or next(shades, None))
+        starts = [start + share for start, share in zip(starts, shares, strict=True)]
+    left.set_xlabel("% of target rows")
+    left.set_title("rows by kind", fontsize=10)
+    left.legend(
+        frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.5 / (0.9 + 0.5 * len(names)) - 0.12)
+    )
+    right.barh(names, [100 * won.get(name, 0.0) for name in names], color=COLORS["fused"])
+    right.set_xlabel("% of rows")
+    right.set_title("rows won", fontsize=10)
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.grid(axis="y", visible=False)
+    return _svg(figure)

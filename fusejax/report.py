@@ -1,0 +1,210 @@
+"""The stage `report`: report.json with every number of a job, report.html with the same and plots, a table on the terminal.
+
+Both files are a function of the job's other files: the same results give the same bytes, `throughput` aside.
+"""
+
+import html
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fusejax import metrics, plots, store
+from fusejax.config import Config, dump
+from fusejax.progress import console, say
+from fusejax.training import run_folder, runs
+
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def run(config: Config) -> None:
+    """Write report.json and report.html into the output folder. Raises UserError where an earlier stage is missing."""
+    histories = {name: metrics.read(run_folder(config, name)) for name in runs(config)}
+    report = collect(config, histories)
+    store.write_atomically(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
+    store.write_atomically(config.folder / "report.html", render(config, report, histories))
+    show(report)
+    say(f"report: {config.folder / 'report.html'} and report.json")
+
+
+def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Every number of the job, as the JSON object of report.json."""
+    report: dict[str, Any] = {
+        "name": config.folder.name,
+        "target": config.target.model,
+        "sources": {source.label: source.model for source in config.sources},
+        "corpus": {
+            split: store.Store(folder).summary
+            for split in ("train", "heldout")
+            if (folder := config.folder / "data" / split / "documents").exists()
+        },
+        "alignment": {
+            source.label: store.Store(config.folder / "alignment" / source.label).summary for source in config.sources
+        },
+        "training": {name: _training(history) for name, history in histories.items()},
+        "evaluation": {"bits_per_byte": _bits_per_byte(config)},
+        "throughput": {name: _throughput(run_folder(config, name)) for name in histories},
+        "versions": {"fusejax": version("fusejax"), "python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES},
+        "config": json.loads(config.model_dump_json()),
+    }
+    return report
+
+
+def _training(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Last step, tokens seen, and means over the last tenth of the steps; shares over all of them."""
+    if not history:
+        return {}
+    last = history[-max(1, len(history) // 10) :]
+
+    def mean(rows: list[dict[str, Any]], key: str) -> float:
+        return sum(row[key] for row in rows) / len(rows)
+
+    result: dict[str, Any] = {
+        "steps": history[-1]["step"],
+        "tokens": sum(row["tokens"] for row in history),
+        "last_tenth": {key: mean(last, key) for key in ("loss", "clm_loss", "fusion_loss") if key in last[0]},
+    }
+    won = [key for key in history[0] if key.startswith("won/")]
+    if won:
+        result["rows_won"] = {key.removeprefix("won/"): mean(history, key) for key in won}
+        result["rows_fallback"] = mean(history, "fallback")
+        result["mass_kept"] = mean(history, "mass_kept")
+    return result
+
+
+def _bits_per_byte(config: Config) -> dict[str, Any]:
+    """{model: {domain: value, average: value}} in the order in which a reader compares."""
+    folder = config.folder / "evaluation"
+    names = ["target", *(source.label for source in config.sources)]
+    names += ["clm"] if "clm" in runs(config) else []
+    names += ["fused"]
+    found = {}
+    for name in names:
+        path = folder / f"{name}.json"
+        if path.exists():
+            found[name] = json.loads(path.read_text("utf-8"))["bits_per_byte"]
+    return found
+
+
+def _throughput(folder: Path) -> dict[str, Any]:
+    path = folder / "training.json"
+    return json.loads(path.read_text("utf-8")).get("throughput", {}) if path.exists() else {}
+
+
+def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the table of bits per byte."""
+    scores = report["evaluation"]["bits_per_byte"]
+    if not scores:
+        return [], []
+    domains = [key for key in next(iter(scores.values())) if key != "average"]
+    rows = []
+    for name, values in scores.items():
+        label = {"target": "target (before)", "clm": "CLM only", "fused": "fused"}.get(name, name)
+        rows.append([label, *(f"{values[domain]:.4f}" for domain in [*domains, "average"])])
+    return ["bits per byte", *domains, "average"], rows
+
+
+def show(report: dict[str, Any]) -> None:
+    """The tables on the terminal; the best value of each column is bold."""
+    header, rows = table_rows(report)
+    if rows:
+        table = Table(*header, title="held-out text, lower is better")
+        best = [min(float(row[i]) for row in rows) for i in range(1, len(header))]
+        for row in rows:
+            cells = [
+                f"[bold]{cell}[/]" if float(cell) == low else cell for cell, low in zip(row[1:], best, strict=True)
+            ]
+            table.add_row(row[0], *cells)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console.print(table)
+    won = report["training"].get("fused", {}).get("rows_won")
+    if won:
+        table = Table("source", "rows aligned", "rows won", title="alignment and fusion")
+        for name, share in won.items():
+            table.add_row(name, f"{100 * report['alignment'][name]['share']:.1f}%", f"{100 * share:.1f}%")
+        console.print(table)
+
+
+def render(config: Config, report: dict[str, Any], histories: dict[str, list[dict[str, Any]]]) -> str:
+    """report.html: self-contained, plots as inline SVG, light and dark."""
+    header, rows = table_rows(report)
+    parts = [f"<h1>{html.escape(report['name'])}</h1>", f"<p>{_lead(report)}</p>"]
+    if rows:
+        parts += ["<h2>Bits per byte on held-out text</h2>", _html_table(header, rows), plots.bits_per_byte(report)]
+    if any(histories.values()):
+        parts += ["<h2>Training</h2>", plots.losses(histories)]
+        parts += [_html_table(["run", "steps", "tokens", "CLM loss", "tokens/s"], _training_rows(report))]
+    if report["alignment"]:
+        parts += ["<h2>Alignment and fusion</h2>", plots.alignment(report)]
+        parts += [_html_table(["source", *_ALIGNMENT.values()], _alignment_rows(report))]
+    parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(dump(config))}</pre>"]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    parts += [f"<footer>{html.escape(versions)}</footer>"]
+    title = html.escape(f"fusejax: {report['name']}")
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _lead(report: dict[str, Any]) -> str:
+    sources = ", ".join(f"<b>{html.escape(name)}</b>" for name in report["sources"]) or "no source"
+    lead = f"Target <b>{html.escape(report['target'])}</b>, fused from {sources}."
+    scores = report["evaluation"]["bits_per_byte"]
+    if "fused" in scores and "target" in scores:
+        fused, before = scores["fused"]["average"], scores["target"]["average"]
+        lead += f" Average bits per byte {before:.4f} before, <b>{fused:.4f}</b> after"
+        lead += f" ({scores['clm']['average']:.4f} with CLM only)." if "clm" in scores else "."
+    return lead
+
+
+_ALIGNMENT = {
+    "share": "rows aligned",
+    "mass_kept": "mass kept",
+    "mapped_ce": "CE of the mapped distribution (nats)",
+}
+
+
+def _alignment_rows(report: dict[str, Any]) -> list[list[str]]:
+    def cell(key: str, value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:.3f}" if key == "mapped_ce" else f"{100 * value:.1f}%"
+
+    return [[name, *(cell(key, values.get(key)) for key in _ALIGNMENT)] for name, values in report["alignment"].items()]
+
+
+def _training_rows(report: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, values in report["training"].items():
+        if values:
+            rate = report["throughput"].get(name, {}).get("tokens_per_s")
+            loss = values["last_tenth"]["clm_loss"]
+            rows.append([name, str(values["steps"]), f"{values['tokens']:,.0f}", f"{loss:.4f}", f"{rate or 0:,.0f}"])
+    return rows
+
+
+def _html_table(header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #8884; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:last-child td { font-weight: 600; }
+svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+pre { background: #8881; padding: 1rem; overflow: auto; font-size: .85rem; }
+footer { color: #888; font-size: .85rem; margin-top: 2rem; }
+"""
