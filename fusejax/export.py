@@ -1,0 +1,111 @@
+"""A decoder as a Hugging Face folder: safetensors, config.json, tokenizer."""
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from fusejax import store
+from fusejax.errors import UserError
+from fusejax.models import convert, families, files
+from fusejax.models.decoder import Decoder
+from fusejax.progress import warn
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+# The dtype's older key, code of the hub's that the class in transformers replaces, and where the model came from.
+_DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
+
+
+def save(
+    model: Decoder,
+    hf_config: dict[str, Any],
+    folder: str | Path,
+    tokenizer_from: str | Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write `model` so that transformers' AutoModelForCausalLM and `fusejax.load` read it.
+
+    hf_config: the config.json that the model came from (or `models.hf_config`). tokenizer_from: the model whose
+    tokenizer and generation configuration go along. The folder appears whole or not at all; one that is there
+    is replaced. Above `max_shard_bytes` the weights are split, with an index. Returns the folder.
+    """
+    family = families.find(hf_config, "hf_config")
+    if families.decoder_config(hf_config, "hf_config") != model.config:
+        raise UserError(f"{folder}: hf_config describes another model than the one to export")
+    missing = family.unknown_to_transformers(model.config)
+    if missing:
+        warn(f"{folder}: transformers' {family.architecture} leaves out {', '.join(missing)}; fusejax reads it right")
+    folder = Path(folder)
+    tokenizer = files.local_folder(tokenizer_from, weights=False) if tokenizer_from is not None else None
+    if jax.process_index() > 0:
+        for _, _, read in convert.stored_tensors(model, family, dtype):
+            read()  # takes part in gathering what the first process writes
+        return folder
+    temporary = store.make_folder(folder.parent) / f".{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        temporary.mkdir()
+        _write_weights(model, family, temporary, dtype, max_shard_bytes)
+        config = {key: value for key, value in hf_config.items() if key not in _DROPPED}
+        config |= {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        for name in (*files.TOKENIZER_FILES, "generation_config.json"):
+            if tokenizer is not None and (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, temporary / name)
+        _replace(folder, temporary)
+    except OSError as error:
+        raise store.writing_failed(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_weights(model: Decoder, family: families.Family, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    """model.safetensors, or shards with an index; one shard is held in memory at a time."""
+    shards: list[list[Any]] = [[]]
+    total = room = 0
+    for name, shape, read in convert.stored_tensors(model, family, dtype):
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+        if shards[-1] and room < size:
+            shards.append([])
+        room = (room if shards[-1] else max_shard_bytes) - size
+        total += size
+        shards[-1].append((name, read))
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        _save_file({name: read() for name, read in shard}, folder / file)
+        weight_map |= {name: file for name, _ in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _save_file(tensors: dict[str, Any], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # holds the system's error as text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error)) from None
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    """Rename `temporary` to `folder`; what was there is deleted only after that."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, folder)

@@ -1,0 +1,90 @@
+"""Causal self-attention over packed documents: rotary positions, ALiBi and the masked softmax.
+
+Shapes: B sequences, L tokens, N query heads, G key/value heads (N is a multiple of G), K features of a head.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
+    """Position of every token in its own segment, int32 [B, L]: 0 where a segment begins, then 1, 2, ..."""
+    index_L = jnp.arange(segment_ids_BL.shape[1], dtype=jnp.int32)
+    before_BL = jnp.pad(segment_ids_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    begin_BL = jnp.where(segment_ids_BL != before_BL, index_L, 0)
+    return index_L - jax.lax.cummax(begin_BL, axis=1)
+
+
+def causal_mask(segment_ids_BL: jax.Array) -> jax.Array:
+    """Which key each query sees, bool [B, 1, L, L]: the same segment, not later.
+
+    Padding (segment 0) is a segment like any other: it sees and is seen by padding only. So every row sees
+    at least itself, and no softmax runs over nothing.
+    """
+    length = segment_ids_BL.shape[1]
+    same_BLL = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
+    return (same_BLL & jnp.tri(length, dtype=bool))[:, None]
+
+
+def rotary_angles(positions_BL: jax.Array, rotary_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, float32 [B, L, 1, rotary_dim / 2] each.
+
+    angle = position * theta^(-2i / rotary_dim), i = 0 .. rotary_dim/2 - 1 (RoFormer, Su et al. 2021, equation 15).
+    """
+    frequencies = 1.0 / theta ** (np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(heads_BLNK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the first `rotary_dim` features of each head, the rest pass through; the dtype stays.
+
+    Feature i is paired with feature i + rotary_dim/2, the layout that Hugging Face checkpoints use.
+    """
+    half = cos.shape[-1]
+    first, second = heads_BLNK[..., :half], heads_BLNK[..., half : 2 * half]
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    parts = [part.astype(heads_BLNK.dtype) for part in rotated]
+    return jnp.concatenate([*parts, heads_BLNK[..., 2 * half :]], axis=-1)
+
+
+def alibi_slopes(n_heads: int, bias_max: float) -> np.ndarray:
+    """One slope per head, float32 [N] (ALiBi, Press et al. 2022, section 3, in MPT's form).
+
+    With P the next power of two, 2^(-bias_max * h / P) for h = 1..P; where N is not a power of two, every second
+    slope first and then the ones between, cut at N.
+    """
+    power = 2 ** math.ceil(math.log2(n_heads))
+    slopes = 2.0 ** (-bias_max / power * np.arange(1, power + 1))
+    if power != n_heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:n_heads]
+    return slopes.astype(np.float32)
+
+
+def alibi_bias(positions_BL: jax.Array, slopes_N: np.ndarray) -> jax.Array:
+    """-slope * distance between query and key, float32 [B, N, L, L].
+
+    Made from small arrays right where it is added, so that XLA fuses it and keeps no copy per layer.
+    """
+    distance_BLL = (positions_BL[:, None, :] - positions_BL[:, :, None]).astype(jnp.float32)
+    return jnp.asarray(slopes_N)[None, :, None, None] * distance_BLL[:, None]
+
+
+def attend(
+    query_BLNK: jax.Array,
+    key_BLGK: jax.Array,
+    value_BLGK: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """softmax(scale * q·k + bias) v over the keys that `mask` allows, [B, L, N, K] in the query's dtype.
+
+    Scores and softmax are float32. The implementation is XLA's on every platform: cuDNN's takes no segment ids.
+    """
+    return jax.nn.dot_product_attention(
+        query_BLNK, key_BLGK, value_BLGK, bias=bias, mask=mask, scale=scale, implementation="xla"
+    )
