@@ -1,6 +1,6 @@
 """From final hidden states to the top-k next-token log-probabilities and the cross-entropy of given labels.
 
-    logits = soft_cap(scale · hidden · unembedding)      soft_cap(x) = c · tanh(x / c)
+    logits = logit_cap(logit_scale · hidden · unembedding)      logit_cap(x) = c · tanh(x / c)
     log p  = logits − logsumexp(logits)
 
 `reference` writes this down on the whole [T, V] array; `xla` goes over the vocabulary in blocks and never holds more
@@ -11,7 +11,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-
 from fusejax.kernels.topk_unembed import reference, xla
 from fusejax.kernels.topk_unembed.reference import TopK
 
@@ -27,8 +26,8 @@ def topk_unembed(
     *,
     k: int,
     vocab_size: int | None = None,
-    scale: float = 1.0,
-    soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+    logit_cap: float | None = None,
     block: int | None = None,
     implementation: Implementation = "auto",
 ) -> TopK:
@@ -40,7 +39,7 @@ def topk_unembed(
       labels: int32 [...], −1 where there is none; None: no labels at all.
       k: how many tokens to keep; 0 keeps none and leaves the cross-entropy. At most `vocab_size`.
       vocab_size: ids from here on are padding of the table: they get probability 0. Default V.
-      scale, soft_cap: applied to the logits, in this order.
+      logit_scale, logit_cap: applied to the logits, in this order.
       block: vocabulary entries at a time (xla); default: about 64 MiB of logits.
       implementation: "auto" takes the fastest for the backend.
 
@@ -65,12 +64,18 @@ def topk_unembed(
     labels_T = jnp.full(T, -1, jnp.int32) if labels is None else labels.reshape(T)
     if implementation == "reference":
         out = reference.topk_unembed(
-            hidden_TD, unembedding_DV, labels_T, k=k, vocab_size=vocab_size, scale=scale, soft_cap=soft_cap
+            hidden_TD,
+            unembedding_DV,
+            labels_T,
+            k=k,
+            vocab_size=vocab_size,
+            logit_scale=logit_scale,
+            logit_cap=logit_cap,
         )
     elif implementation in ("auto", "xla"):
         out = xla.topk_unembed(
             hidden_TD, unembedding_DV, labels_T,
-            k=k, vocab_size=vocab_size, scale=scale, soft_cap=soft_cap, block=block or xla.default_block(T),
+            k=k, vocab_size=vocab_size, logit_scale=logit_scale, logit_cap=logit_cap, block=block or xla.default_block(T),
         )  # fmt: skip
     else:
         raise ValueError(f"unknown implementation {implementation!r}: auto, reference or xla")

@@ -15,7 +15,9 @@ class TopK(NamedTuple):
     ce: jax.Array  # float32 [...], cross-entropy of the label in nats, 0 where there is none
 
 
-def logits_of(hidden_TD: jax.Array, unembedding_DV: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+def logits_of(
+    hidden_TD: jax.Array, unembedding_DV: jax.Array, logit_scale: float, logit_cap: float | None
+) -> jax.Array:
     """float32 [T, V]; the product in the hidden states' dtype, summed in float32."""
     exact = hidden_TD.dtype == jnp.float32
     logits_TV = jnp.dot(
@@ -25,9 +27,9 @@ def logits_of(hidden_TD: jax.Array, unembedding_DV: jax.Array, scale: float, sof
         # Accelerators would otherwise round float32 factors to fewer bits.
         precision=jax.lax.Precision.HIGHEST if exact else None,
     )
-    if scale != 1.0:
-        logits_TV = logits_TV * scale
-    return logits_TV if soft_cap is None else soft_cap * jnp.tanh(logits_TV / soft_cap)
+    if logit_scale != 1.0:
+        logits_TV = logits_TV * logit_scale
+    return logits_TV if logit_cap is None else logit_cap * jnp.tanh(logits_TV / logit_cap)
 
 
 def topk_unembed(
@@ -37,11 +39,11 @@ def topk_unembed(
     *,
     k: int,
     vocab_size: int,
-    scale: float,
-    soft_cap: float | None,
+    logit_scale: float,
+    logit_cap: float | None,
 ) -> TopK:
     """See `fusejax.kernels.topk_unembed.topk_unembed`; here hidden [T, D] and labels [T]."""
-    logits_TV = logits_of(hidden_TD, unembedding_DV, scale, soft_cap)[:, :vocab_size]
+    logits_TV = logits_of(hidden_TD, unembedding_DV, logit_scale, logit_cap)[:, :vocab_size]
     lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
     values_TK, ids_TK = jax.lax.top_k(logits_TV, k)
     label_T = jnp.take_along_axis(logits_TV, jnp.maximum(labels_T, 0)[:, None], axis=-1)[:, 0]

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-
 from fusejax.kernels.topk_unembed.reference import TopK, logits_of
 
 _BLOCK_ELEMENTS = 1 << 24  # float32 logits held at a time: 64 MiB
@@ -22,13 +21,13 @@ def topk_unembed(
     *,
     k: int,
     vocab_size: int,
-    scale: float,
-    soft_cap: float | None,
+    logit_scale: float,
+    logit_cap: float | None,
     block: int,
 ) -> TopK:
     """See `fusejax.kernels.topk_unembed.topk_unembed`; here hidden [T, D] and labels [T]."""
     T = hidden_TD.shape[0]
-    take = functools.partial(_take_block, hidden_TD, unembedding_DV, labels_T, k, scale, soft_cap)
+    take = functools.partial(_take_block, hidden_TD, unembedding_DV, labels_T, k, logit_scale, logit_cap)
     carry = (
         jnp.full((T, k), -jnp.inf),
         jnp.zeros((T, k), jnp.int32),
@@ -48,11 +47,11 @@ def topk_unembed(
     return TopK(ids_TK, values_TK - lse_T[:, None], lse_T, jnp.where(labels_T >= 0, lse_T - label_T, 0.0))
 
 
-def _take_block(hidden_TD, unembedding_DV, labels_T, k, scale, soft_cap, size, carry, start):  # type: ignore[no-untyped-def]
+def _take_block(hidden_TD, unembedding_DV, labels_T, k, logit_scale, logit_cap, size, carry, start):  # type: ignore[no-untyped-def]
     """The carry after the vocabulary entries start .. start + size."""
     values_TK, ids_TK, max_T, sum_T, label_T = carry
     table_DB = jax.lax.dynamic_slice_in_dim(unembedding_DV, start, size, axis=1)
-    logits_TB = logits_of(hidden_TD, table_DB, scale, soft_cap)
+    logits_TB = logits_of(hidden_TD, table_DB, logit_scale, logit_cap)
     if k:
         new_TK, where_TK = jax.lax.top_k(logits_TB, min(k, size))
         # Earlier blocks come first, and top_k keeps the first of equals: ties go to the lower id.

@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from fusejax.kernels.topk_unembed import topk_unembed
 
 
@@ -14,20 +13,22 @@ def inputs(T=7, D=16, V=300, dtype=jnp.float32, seed=0):
     return hidden, table, labels
 
 
-def dense(hidden, table, labels, k, vocab_size, scale=1.0, soft_cap=None):
+def dense(hidden, table, labels, k, vocab_size, logit_scale=1.0, logit_cap=None):
     """The same in numpy float64."""
-    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64)[:, :vocab_size] * scale
-    if soft_cap:
-        logits = soft_cap * np.tanh(logits / soft_cap)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64)[:, :vocab_size] * logit_scale
+    if logit_cap:
+        logits = logit_cap * np.tanh(logits / logit_cap)
     lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
     ce = np.where(labels >= 0, lse - logits[np.arange(len(labels)), labels], 0)
     return ids, np.take_along_axis(logits, ids, 1) - lse[:, None], lse, ce
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("block", [64, 75, 128, 300, 512])
-@pytest.mark.parametrize("vocab_size", [300, 291, 64, 20])
+@pytest.mark.parametrize(
+    ("implementation", "block", "vocab_size"),
+    [("reference", None, 300), ("reference", None, 291), ("xla", 64, 300), ("xla", 75, 300), ("xla", 300, 300),
+     ("xla", 512, 291), ("xla", 64, 64), ("xla", 8, 20), ("xla", None, 300)],
+)  # fmt: skip
 def test_equals_a_dense_computation(implementation, block, vocab_size):
     hidden, table, labels = inputs()
     labels = jnp.where(labels < vocab_size, labels, -1)
@@ -40,9 +41,11 @@ def test_equals_a_dense_computation(implementation, block, vocab_size):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_scale_and_soft_cap(implementation):
+def test_scale_and_logit_cap(implementation):
     hidden, table, labels = inputs()
-    out = topk_unembed(hidden, table, labels, k=4, scale=0.5, soft_cap=3.0, block=128, implementation=implementation)
+    out = topk_unembed(
+        hidden, table, labels, k=4, logit_scale=0.5, logit_cap=3.0, block=128, implementation=implementation
+    )
     ids, logprobs, _, ce = dense(hidden, table, np.asarray(labels), 4, 300, 0.5, 3.0)
     np.testing.assert_array_equal(out.ids, ids)
     np.testing.assert_allclose(out.logprobs, logprobs, atol=1e-5)

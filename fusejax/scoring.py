@@ -1,0 +1,154 @@
+"""A model's next-token distributions over whole documents: what the source caches and the evaluation both need.
+
+One document to a row, so that a document whose activations overflow cannot reach another one. Documents of similar
+length share a batch, and batches have few shapes, so that few programs are compiled.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from fusejax import sharding
+from fusejax.errors import UserError
+from fusejax.kernels.topk_unembed import topk_unembed
+from fusejax.tokenizers import Tokenizer
+
+_AHEAD = 2  # batches that the device has queued while the host works on an earlier one
+_HALVINGS = 3  # the shortest rows are max_length / 8
+
+
+class Scores(NamedTuple):
+    """One document's distributions; row t is that of input t + 1.
+
+    ids int32 [n, k]; logprobs float32 [n, k] sorted descending; ce float32 [n] in nats, 0 where the label is −1.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    ce: np.ndarray
+
+    @property
+    def broken(self) -> bool:
+        """Whether the model gave values that are not numbers."""
+        return bool(np.isnan(self.ce).any() or np.isnan(self.logprobs).any())
+
+
+class Batch(NamedTuple):
+    """The documents (their numbers) that run together in one [rows, length] batch."""
+
+    length: int
+    rows: int
+    documents: np.ndarray
+
+
+def inputs_and_labels(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """What the model reads and what it should predict: int32 [b + n] each, b = 1 where a BOS goes in front, else 0.
+
+    The last label is EOS; −1 where the tokenizer has none.
+    """
+    front = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    back = -1 if tokenizer.eos_id is None else tokenizer.eos_id
+    line = np.concatenate([np.asarray(front, np.int32), np.asarray(ids, np.int32), np.asarray([back], np.int32)])
+    return line[:-1], line[1:]
+
+
+def check_fits(tokenizer: Tokenizer, rows: int, model: str) -> None:
+    """UserError unless the model has an embedding row for every token of text and for EOS."""
+    wanted = max((i for i, token in enumerate(tokenizer.canonical_bytes) if token is not None), default=0)
+    wanted = max(wanted, tokenizer.eos_id or 0, (tokenizer.bos_id or 0) if tokenizer.adds_bos else 0)
+    if wanted >= rows:
+        raise UserError(
+            f"{model}: its tokenizer does not fit: it has token id {wanted}, the model knows {rows} tokens; "
+            "put the tokenizer that the model was trained with into its folder"
+        )
+
+
+def plan(lengths: np.ndarray, max_length: int, batch_tokens: int, row_multiple: int = 1) -> list[Batch]:
+    """Batches of at most `batch_tokens` tokens (but at least one row), the longest documents first.
+
+    lengths int [documents]. A batch is as long as max_length over 1, 2, 4 or 8, whichever just holds its longest
+    document; rows depend on that length alone, are a multiple of `row_multiple`, and only the last may stay empty.
+    """
+    shapes = sorted({max(-(-max_length // (8 << i)) * 8, 8) for i in range(1, _HALVINGS + 1)} | {max_length})
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches = []
+    at = 0
+    while at < len(order):
+        longest = lengths[order[at]]
+        length = next((shape for shape in shapes if shape >= longest), None)
+        if length is None:
+            raise ValueError(f"a document of {longest} tokens does not fit max_length {max_length}")
+        rows = max(batch_tokens // length // row_multiple, 1) * row_multiple
+        batches.append(Batch(length, rows, order[at : at + rows]))
+        at += rows
+    return batches
+
+
+class Scorer:
+    """Runs a model over documents. Keeps the model on the device; the programs are compiled once per batch length."""
+
+    def __init__(
+        self, model: Any, *, k: int, vocab_size: int | None = None, max_length: int, batch_tokens: int, mesh: Mesh
+    ) -> None:
+        """model: a Decoder, laid out over `mesh`. k: entries kept of each distribution, 0 for the cross-entropy alone.
+
+        vocab_size: ids from here on get probability 0 (rows of a padded embedding that stand for no token).
+        """
+        self._max_length, self._batch_tokens, self._mesh = max_length, batch_tokens, mesh
+        self._row_multiple = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
+        structure, self._state = nnx.split(model)
+
+        def forward(state: Any, ids_BL: jax.Array, labels_BL: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            decoder = nnx.merge(structure, state)
+            hidden_BLD = decoder.hidden(ids_BL)
+            out = topk_unembed(
+                hidden_BLD,
+                decoder.unembedding(),
+                labels_BL,
+                k=k,
+                vocab_size=vocab_size,
+                logit_scale=decoder.config.logit_scale,
+            )
+            return out.ids, out.logprobs, out.ce
+
+        self._forward = jax.jit(forward)
+
+    def __call__(
+        self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+    ) -> Iterator[tuple[list[int], list[Scores]]]:
+        """Batch by batch, in the order that suits the device: (numbers of the documents, their scores).
+
+        inputs, labels: int32 [n] for each document, see `inputs_and_labels`.
+        """
+        lengths = np.array([len(line) for line in inputs], np.int64)
+        running: deque[tuple[Batch, Any]] = deque()
+        for batch in plan(lengths, self._max_length, self._batch_tokens, self._row_multiple):
+            running.append((batch, self._start(batch, inputs, labels)))
+            if len(running) > _AHEAD:
+                yield _finish(*running.popleft(), lengths)
+        while running:
+            yield _finish(*running.popleft(), lengths)
+
+    def _start(self, batch: Batch, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Any:
+        ids_BL = np.zeros((batch.rows, batch.length), np.int32)
+        labels_BL = np.full((batch.rows, batch.length), -1, np.int32)
+        for row, i in enumerate(batch.documents):
+            ids_BL[row, : len(inputs[i])] = inputs[i]
+            labels_BL[row, : len(labels[i])] = labels[i]
+        arrays = sharding.put_batch({"ids": ids_BL, "labels": labels_BL}, self._mesh)
+        return self._forward(self._state, arrays["ids"], arrays["labels"])
+
+
+def _finish(batch: Batch, arrays: Any, lengths: np.ndarray) -> tuple[list[int], list[Scores]]:
+    """Wait for a batch and cut it into documents."""
+    ids, logprobs, ce = jax.device_get(arrays)
+    scores = [
+        Scores(ids[row, : lengths[i]], logprobs[row, : lengths[i]], ce[row, : lengths[i]])
+        for row, i in enumerate(batch.documents)
+    ]
+    return batch.documents.tolist(), scores
