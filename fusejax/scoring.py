@@ -112,7 +112,6 @@ class Scorer:
                 labels_BL,
                 k=k,
                 vocab_size=vocab_size,
-                logit_scale=decoder.config.logit_scale,
             )
             return out.ids, out.logprobs, out.ce
 

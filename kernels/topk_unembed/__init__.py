@@ -7,7 +7,7 @@
 than one of them. Both give the same ids (ties: the lower id first) and the same values within float32 rounding.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,21 +62,17 @@ def topk_unembed(
     hidden_TD = hidden.reshape(-1, D)
     T = hidden_TD.shape[0]
     labels_T = jnp.full(T, -1, jnp.int32) if labels is None else labels.reshape(T)
+    options: dict[str, Any] = {
+        "k": k,
+        "vocab_size": vocab_size,
+        "logit_scale": logit_scale,
+        "logit_cap": logit_cap,
+    }
     if implementation == "reference":
-        out = reference.topk_unembed(
-            hidden_TD,
-            unembedding_DV,
-            labels_T,
-            k=k,
-            vocab_size=vocab_size,
-            logit_scale=logit_scale,
-            logit_cap=logit_cap,
-        )
+        out = reference.topk_unembed(hidden_TD, unembedding_DV, labels_T, **options)
     elif implementation in ("auto", "xla"):
-        out = xla.topk_unembed(
-            hidden_TD, unembedding_DV, labels_T,
-            k=k, vocab_size=vocab_size, logit_scale=logit_scale, logit_cap=logit_cap, block=block or xla.default_block(T),
-        )  # fmt: skip
+        options["block"] = block or xla.default_block(T)
+        out = xla.topk_unembed(hidden_TD, unembedding_DV, labels_T, **options)
     else:
         raise ValueError(f"unknown implementation {implementation!r}: auto, reference or xla")
     return TopK(*(x.reshape(lead + x.shape[1:]) for x in out))

@@ -43,9 +43,8 @@ def test_equals_a_dense_computation(implementation, block, vocab_size):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_scale_and_logit_cap(implementation):
     hidden, table, labels = inputs()
-    out = topk_unembed(
-        hidden, table, labels, k=4, logit_scale=0.5, logit_cap=3.0, block=128, implementation=implementation
-    )
+    options = {"logit_scale": 0.5, "logit_cap": 3.0, "block": 128, "implementation": implementation}
+    out = topk_unembed(hidden, table, labels, k=4, **options)
     ids, logprobs, _, ce = dense(hidden, table, np.asarray(labels), 4, 300, 0.5, 3.0)
     np.testing.assert_array_equal(out.ids, ids)
     np.testing.assert_allclose(out.logprobs, logprobs, atol=1e-5)
