@@ -1,0 +1,98 @@
+"""Row maps: which row of the source stands for each row of the target.
+
+Row t of a model is its distribution of token t+1 given tokens 0..t. Two rows are comparable where they condition on
+the same text, that is where their tokens end at the same byte of it. A row map needs only the text's bytes and the two
+tokenizations, as ids and byte boundaries, never the models.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusejax.tokenizers import Tokenizer
+
+METHODS = ("exact", "boundary", "inside")
+MAX_CONSUMED = 31
+"""How deep inside a source token a target row may stand; deeper rows fall back (it bounds the token tables)."""
+
+NO_ROW = -1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text in one tokenizer: ids int32[n] and byte boundaries int32[n], as `Tokenizer.encode` gives them."""
+
+    ids: np.ndarray
+    boundaries: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, text: str) -> "Tokens":
+        return cls(*tokenizer.encode(text))
+
+
+def row_map(text: str, target_tok: Any, source_tok: Any, method: str = "inside") -> np.ndarray:
+    """int32[n_target, 2]: for each target token of `text` the source row to use or -1, and the bytes already consumed.
+
+    text: a document. target_tok, source_tok: `fusejax.tokenizers.Tokenizer` or tokenizers of transformers.
+    method: `exact` (the tokens of both rows cover the same bytes), `boundary` (both rows end at the same byte) or
+    `inside` (`boundary`; besides, a target row that ends inside a source token takes the row before that token, with
+    the bytes of it that are already consumed in the second column, which is 0 everywhere else).
+    """
+    target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
+    target = Tokens.of(target_tok, text)
+    if target_tok.fingerprint == source_tok.fingerprint:
+        return identity(len(target.ids))
+    return map_rows(text.encode("utf-8"), target, Tokens.of(source_tok, text), source_tok, method)
+
+
+def identity(n: int) -> np.ndarray:
+    """int32[n, 2]: the row map of two equal tokenizers."""
+    return np.stack([np.arange(n, dtype=np.int32), np.zeros(n, np.int32)], 1)
+
+
+def map_rows(data: bytes, target: Tokens, source: Tokens, source_tok: Tokenizer, method: str = "inside") -> np.ndarray:
+    """`row_map` of a text (its UTF-8) that is tokenized already; O(n_target log n_source), vectorized."""
+    if method not in METHODS:
+        raise ValueError(f"row map {method!r} is unknown; known: {', '.join(METHODS)}")
+    n = len(target.ids)
+    rows_T2 = np.full((n, 2), NO_ROW, np.int32)
+    rows_T2[:, 1] = 0
+    if not n or not len(source.ids):
+        return rows_T2
+    ends_T, ends_S = target.boundaries, source.boundaries
+    # Of several tokens that end at the same byte only the last has seen all of the text up to there.
+    complete_T = np.append(ends_T[1:] != ends_T[:-1], True)
+    before_T = np.searchsorted(ends_S, ends_T, side="right") - 1  # last source row with boundary <= the target's
+    known_T = complete_T & (before_T >= 0)
+    same_T = known_T & (ends_S[np.maximum(before_T, 0)] == ends_T)
+    if method == "exact":
+        same_T &= _starts(ends_T) == _starts(ends_S)[np.maximum(before_T, 0)]
+    rows_T2[same_T, 0] = before_T[same_T]
+    if method == "inside":
+        candidates = np.flatnonzero(known_T & ~same_T)
+        rows, consumed = _inside(data, ends_T[candidates], before_T[candidates], source, source_tok)
+        rows_T2[candidates, 0], rows_T2[candidates, 1] = rows, consumed
+    return rows_T2
+
+
+def _starts(ends: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], ends[:-1]])
+
+
+def _inside(
+    data: bytes, ends_C: np.ndarray, before_C: np.ndarray, source: Tokens, source_tok: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """(row or -1, bytes consumed) of target rows that end inside the source token after row `before`."""
+    n_source = len(source.ids)
+    following_C = np.minimum(before_C + 1, n_source - 1)
+    consumed_C = ends_C - source.boundaries[before_C]
+    # The token's own bytes must be what the text has there; where the tokenizer changed the text they are not.
+    length_C = source.boundaries[following_C] - source.boundaries[before_C]
+    good_C = (before_C + 1 < n_source) & (consumed_C > 0) & (consumed_C <= MAX_CONSUMED)
+    good_C &= source_tok.lengths[source.ids[following_C]] == length_C
+    if not source_tok.spells(source.ids, data):
+        for k in np.flatnonzero(good_C).tolist():
+            piece = source_tok.canonical_bytes[source.ids[following_C[k]]] or b""
+            good_C[k] = data.startswith(piece, int(source.boundaries[before_C[k]]))
+    return np.where(good_C, before_C, NO_ROW), np.where(good_C, consumed_C, 0)

@@ -1,0 +1,126 @@
+"""The stage `align`: row maps of every document and the token map, for each source, from text and tokenizers alone."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusejax import tokenizers
+from fusejax.alignment.chain import GoldChain
+from fusejax.alignment.quality import KINDS, Quality, measure, row_kinds
+from fusejax.alignment.rows import Tokens, identity, map_rows
+from fusejax.alignment.tokens import TokenTable, table_columns, token_table
+from fusejax.config import Config
+from fusejax.errors import UserError
+from fusejax.progress import progress, say
+from fusejax.store import Store, StoreWriter, fingerprint, read_manifest, write_atomically
+from fusejax.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from fusejax import fusion
+
+_TABLE = "token_map.npz"
+_SAMPLE = 256  # documents whose mapped distributions are measured
+
+
+def run(config: Config) -> None:
+    """Write `alignment/<label>` of every source that is not there yet; a half-done one goes on where it stopped.
+
+    Each is a store in the documents' order with `row_map` int32[n_target, 2] (see `fusejax.alignment.row_map`), a file
+    with the token table, and a summary: rows, aligned, share, kinds, mass_kept, mapped_ce (see `quality`; the last two
+    where the source's cache is there). Raises UserError where a folder was made from another text or tokenizer.
+    """
+    known = tokenizers.for_config(config)
+    documents = Store(config.folder / "data/train/documents")
+    for source in config.sources:
+        folder = config.folder / "alignment" / source.label
+        _Pair(config, folder, documents, known[config.target.model], known[source.model], source.label).run()
+
+
+def load_token_table(folder: str | Path) -> "fusion.TokenTable":
+    """The token table (host arrays) that the stage left in alignment/<label>."""
+    from fusejax import fusion
+
+    path = Path(folder) / _TABLE
+    try:
+        with np.load(path, allow_pickle=False) as table:
+            return fusion.TokenTable(table["ids"], table["prefix_hash"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no token map here; run the stage `align` first") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove {folder} and run the stage `align` again") from None
+
+
+class _Pair:
+    """The target's tokenizer and one source's."""
+
+    def __init__(
+        self, config: Config, folder: Path, documents: Store, target: Tokenizer, source: Tokenizer, label: str
+    ) -> None:
+        self._config, self._folder, self._documents, self._label = config, folder, documents, label
+        self._target, self._source = target, source
+        tokens = config.folder / "data/train/tokens"
+        self._target_tokens = Store(tokens / target.fingerprint)
+        self._source_tokens = Store(tokens / source.fingerprint)
+        self._same = target.fingerprint == source.fingerprint
+
+    def run(self) -> None:
+        inputs = {
+            "text": fingerprint(self._documents.inputs),
+            "target_tokenizer": self._target.fingerprint,
+            "source_tokenizer": self._source.fingerprint,
+            "rows": self._config.alignment.rows,
+            "tokens": self._config.alignment.tokens,
+        }
+        writer = StoreWriter(self._folder, inputs, len(self._documents))
+        if writer.done and writer.summary and (self._folder / _TABLE).exists():
+            say(f"align {self._label}: done already")
+            return
+        table = self._write_table()
+        missing = writer.missing()
+        with progress(f"align {self._label}", sum(len(span) for _, span in missing)) as bar:
+            for shard, span in missing:
+                writer.write(shard, [self._record(i) for i in span])
+                bar.advance(len(span))
+        writer.finish({})
+        report = self._report(table)
+        writer.finish(report)
+        say(f"align {self._label}: {report['share']:.1%} of {report['rows']} rows aligned")
+
+    def _write_table(self) -> TokenTable:
+        """The token table goes first, so that a complete store always has one beside it."""
+        columns = 1 if self._same else table_columns(self._source, self._config.alignment.rows)
+        table = token_table(self._target, self._source, self._config.alignment.tokens, columns)
+        buffer = io.BytesIO()
+        np.savez(buffer, ids=table.ids, prefix_hash=table.prefix_hash)
+        write_atomically(self._folder / _TABLE, buffer.getvalue())
+        return table
+
+    def _tokens(self, i: int) -> tuple[Tokens, Tokens]:
+        target, source = self._target_tokens[i], self._source_tokens[i]
+        return Tokens(target["ids"], target["boundaries"]), Tokens(source["ids"], source["boundaries"])
+
+    def _record(self, i: int) -> dict[str, np.ndarray]:
+        target, source = self._tokens(i)
+        if self._same:
+            row_map_T2 = identity(len(target.ids))
+        else:
+            data = self._documents[i]["text"].encode("utf-8")
+            row_map_T2 = map_rows(data, target, source, self._source, self._config.alignment.rows)
+        kinds = np.bincount(row_kinds(target, source, row_map_T2), minlength=len(KINDS))
+        return {"row_map": row_map_T2, "kinds": kinds.astype(np.int32)}
+
+    def _report(self, table: TokenTable) -> dict[str, Any]:
+        """The summary; what needs the source's rows is measured on the first documents, where its cache is there."""
+        total = Quality()
+        cache_folder = self._config.folder / "sources" / self._label
+        cached = (read_manifest(cache_folder) or {}).get("complete", False)
+        cache = Store(cache_folder) if cached else None
+        chain = GoldChain(self._source) if self._config.alignment.gold_chain else None
+        for i, record in enumerate(Store(self._folder)):
+            total.add_kinds(record["kinds"])
+            if cache is not None and i < _SAMPLE:
+                target, source = self._tokens(i)
+                measure(total, target, source, record["row_map"], table, cache[i], self._target.vocab_size, chain)
+        return total.report()
