@@ -29,19 +29,19 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rising, after], [warmup])
 
 
-def decay_mask(logical_axes: Any) -> Any:
-    """Which parameters decay: matrices; neither biases nor norms, which are vectors of each layer."""
+def decay_mask(params: Any) -> Any:
+    """Which parameters decay, a pytree of bools: all but biases and the scales of norms, as is usual for AdamW."""
 
-    def is_matrix(axes: tuple[str | None, ...]) -> bool:
-        return len([axis for axis in axes if axis != "layers"]) >= 2
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        return getattr(path[-1], "key", None) not in ("bias", "scale")
 
-    return jax.tree.map(is_matrix, logical_axes, is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make(config: OptimizerConfig, steps: int, mask: Any) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(optimizer, its schedule) for a run of `steps` steps; `mask`: pytree of bools, True where weights decay."""
+def make(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """(optimizer, its schedule) for a run of `steps` steps."""
     schedule = make_schedule(config, steps)
     adamw = optax.adamw(
-        schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask
+        schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
     )
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw), schedule

@@ -1,4 +1,4 @@
-"""The stage `report`: report.json with every number of a job, report.html with the same and plots, a table on the terminal.
+"""The stage `report`: report.json with every number of a job, report.html with the same and plots, and tables.
 
 Both files are a function of the job's other files: the same results give the same bytes, `throughput` aside.
 """

@@ -1,7 +1,8 @@
 """Continual training of the target: L = λ·L_CLM + (1−λ)·L_Fusion (FuseLLM, eq. 5), on optax, resumable.
 
-A job has up to two *runs* that see the same batches: `fused`, and `clm` (λ = 1, no sources), which is what fusion has to
-beat. Each run has its own folder with checkpoints and metrics; a run that is done is skipped, a half-done one goes on.
+A job has up to two *runs* that see the same batches: `fused`, and `clm` (λ = 1, no sources), which is what fusion has
+to beat. Each run has its own folder with checkpoints and metrics; a run that is done is skipped, a half-done one goes
+on.
 """
 
 import json
@@ -20,7 +21,7 @@ from fusejax import fusion, loss, metrics, models, sharding, store
 from fusejax import optimizer as optimizers
 from fusejax.batches import Batches, token_tables
 from fusejax.checkpoint import Checkpoints
-from fusejax.config import Config
+from fusejax.config import Config, dump
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
 
@@ -37,15 +38,9 @@ def run_folder(config: Config, name: str) -> Path:
 
 def run(config: Config) -> None:
     """The stage `train`. Raises UserError where an earlier stage is missing or made from something else."""
-    store.write_atomically(config.folder / "config.yaml", _dump(config))
+    store.write_atomically(config.folder / "config.yaml", dump(config))
     for name in runs(config):
         train(config, name)
-
-
-def _dump(config: Config) -> str:
-    from fusejax.config import dump
-
-    return dump(config)
 
 
 def run_inputs(config: Config, name: str) -> dict[str, Any]:
@@ -92,7 +87,7 @@ def train(config: Config, name: str) -> None:
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         summary = _loop(trainer, batches, checkpoints, folder, name)
     summary["seconds"] = time.monotonic() - started
-    done = {"inputs": inputs, "done": True, "throughput": summary}
+    done = {"inputs": inputs, "done": True, "steps": trainer.steps_total, "throughput": summary}
     store.write_atomically(folder / "training.json", json.dumps(done, indent=1))
 
 
@@ -141,8 +136,7 @@ class Trainer:
         )
         graphdef, variables = nnx.split(model)
         params = nnx.to_pure_dict(variables)
-        decay_mask = optimizers.decay_mask(models.logical_axes(model.config))
-        optimizer, schedule = optimizers.make(config.optimizer, steps_total, decay_mask)
+        optimizer, schedule = optimizers.make(config.optimizer, steps_total)
         state = init_state(params, optimizer, mesh)
         tables = token_tables(config) if with_sources else []
         tables = jax.device_put(tables, sharding.replicated(mesh))
@@ -178,7 +172,8 @@ def make_step(
     """
 
     def step(state: dict[str, Any], batch: dict[str, jax.Array], tables: list[fusion.TokenTable]) -> Any:
-        weight_clm = loss_weight(config, state["step"], steps_total, bool(tables))
+        start = config.loss.weight_clm if tables else 1.0
+        weight_clm = loss.clm_weight(state["step"], steps_total, start, config.loss.schedule)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
             return batch_loss(config, nnx.merge(graphdef, params), batch, tables, weight_clm)
@@ -196,16 +191,6 @@ def make_step(
     return jax.jit(step, in_shardings=(layouts, split, whole), out_shardings=(layouts, whole), donate_argnums=0)
 
 
-def loss_weight(config: Config, step: jax.Array, steps_total: int, with_sources: bool) -> jax.Array:
-    """λ at a step: constant, or rising linearly to 1: λ + (1−λ)·step/steps. Without sources it is 1."""
-    if not with_sources:
-        return jnp.float32(1.0)
-    weight = jnp.float32(config.loss.weight_clm)
-    if config.loss.schedule == "linear":
-        weight = weight + (1 - weight) * step.astype(jnp.float32) / steps_total
-    return weight
-
-
 def batch_loss(
     config: Config, model: Any, batch: dict[str, jax.Array], tables: list[fusion.TokenTable], weight_clm: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -213,32 +198,31 @@ def batch_loss(
     hidden_BLD = model.hidden(batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
     labels_BL = batch["labels"]
     values: dict[str, jax.Array] = {}
-    if tables:
-        fused = fuse_batch(config, batch, tables, model.config.vocab_size)
-        ids_BLM, probs_BLM = fused.ids, fused.probs
-        sums = fusion.fusion_sums(fused, labels_BL >= 0)
-        rows = jnp.maximum(sums.count, 1.0)
-        values |= {"won": sums.won / rows, "fallback": sums.fallback / rows, "mass_kept": sums.mass / rows}
+    block = loss.block_tokens(model.config.vocab_size, config.mesh.data * config.mesh.fsdp)
+    if not tables:
+        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, block=block)
     else:
-        ids_BLM = jnp.full((*labels_BL.shape, 1), -1, jnp.int32)
-        probs_BLM = jnp.zeros((*labels_BL.shape, 1), jnp.float32)
-    total = loss.fusion_loss(
-        hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
-        model.unembedding(),
-        labels_BL.reshape(-1),
-        ids_BLM.reshape(-1, ids_BLM.shape[-1]),
-        probs_BLM.reshape(-1, probs_BLM.shape[-1]),
-        weight_clm=weight_clm,
-        kind=config.loss.kind,
-        temperature=config.loss.temperature,
-        tail=config.loss.tail,
-        logit_scale=model.config.logit_scale,
-    )
-    count = jnp.maximum(total.count, 1.0)
-    values |= {"loss": total.total / count, "clm_loss": total.clm / count, "tokens": total.count}
+        fused = fuse_batch(config, batch, tables, model.config.vocab_size)
+        rows = fusion.fusion_sums(fused, labels_BL >= 0)
+        n_rows = jnp.maximum(rows.count, 1.0)
+        values |= {"won": rows.won / n_rows, "fallback": rows.fallback / n_rows, "mass_kept": rows.mass / n_rows}
+        sums = loss.fusion_loss(
+            hidden_BLD,
+            model.unembedding(),
+            labels_BL,
+            fused.ids,
+            fused.probs,
+            weight_clm=weight_clm,
+            kind=config.loss.kind,
+            temperature=config.loss.temperature,
+            tail=config.loss.tail,
+            block=block,
+        )
+    count = jnp.maximum(sums.count, 1.0)
+    values |= {"loss": sums.total / count, "clm_loss": sums.clm / count, "tokens": sums.count}
     if tables:
-        values["fusion_loss"] = total.fusion / count
-    return total.total / count, values
+        values |= {"fusion_loss": sums.fusion / count, "target_entropy": sums.target_entropy / count}
+    return sums.total / count, values
 
 
 def fuse_batch(
@@ -343,7 +327,7 @@ class Meter:
 
 
 def export(config: Config) -> None:
-    """The stage `export`: every run's last checkpoint as a Hugging Face folder, for transformers and for the next fusion."""
+    """The stage `export`: each run's last checkpoint as a Hugging Face folder, for transformers and the next fusion."""
     from fusejax import export as hf
 
     for name in runs(config):
@@ -356,23 +340,16 @@ def export(config: Config) -> None:
         if marker.exists() and json.loads(marker.read_text("utf-8")) == wanted:
             say(f"export {name}: done before, skipped")
             continue
-        mesh = sharding.make_mesh(config.mesh)
-        model = models.load(config.target.model, mesh=mesh, revision=config.target.revision)
-        graphdef, variables = nnx.split(model)
-        params = nnx.to_pure_dict(variables)
-        optimizer, _ = optimizers.make(config.optimizer, 1, optimizers.decay_mask(models.logical_axes(model.config)))
+        trainer = Trainer.make(config, record["steps"], with_sources=False)
         with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
-            _, state = checkpoints.restore(init_state(params, optimizer, mesh))
-        source = models.resolve(config.target.model, config.target.revision)
-        hf_config = models.read_config(source)[0]
-        dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-        dtype = dtype if config.precision.export == "auto" else config.precision.export
-        hf.save(
-            nnx.merge(graphdef, state["params"]),
-            hf_config,
-            folder / "export",
-            tokenizer_from=source,
-            dtype="float32" if dtype == "float16" else dtype,
-            extra_files={"fusejax.json": json.dumps(wanted)},
-        )
+            _, state = checkpoints.restore(trainer.state)
+        source = models.local_folder(config.target.model, config.target.revision)
+        hf_config, _ = models.read_config(source)
+        own = str(hf_config.get("dtype") or hf_config.get("torch_dtype"))
+        dtype = config.precision.export
+        if dtype == "auto":  # float16 has too short a range for what bfloat16 or float32 training leaves
+            dtype = "bfloat16" if own in ("bfloat16", "float16") else "float32"
+        model = nnx.merge(trainer.graphdef, state["params"])
+        hf.save(model, hf_config, folder / "export", tokenizer_from=source, dtype=dtype)
+        store.write_atomically(marker, json.dumps(wanted))
         say(f"export {name}: {folder / 'export'}")

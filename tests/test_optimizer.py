@@ -34,20 +34,22 @@ def test_adamw_by_hand():
     config = OptimizerConfig(
         learning_rate=0.1, schedule="constant", warmup_ratio=0, weight_decay=0.5, grad_clip=1.0, beta1=0.8, beta2=0.9
     )
-    params = {"m": jnp.array([[1.0, -2.0]]), "v": jnp.array([3.0])}
-    transform, _ = optimizer.make(config, 10, {"m": True, "v": False})
+    params = {"m": {"kernel": jnp.array([[1.0, -2.0]])}, "v": {"bias": jnp.array([3.0])}}
+    transform, _ = optimizer.make(config, 10)
     state = transform.init(params)
     p = np.array([1.0, -2.0, 3.0])
     first, second = np.zeros(3), np.zeros(3)
     for t, gradient in enumerate([[3.0, 0.0, 4.0], [0.1, 0.2, 0.3]], start=1):
         g = np.array(gradient)
-        updates, state = transform.update({"m": jnp.array([g[:2]]), "v": jnp.array(g[2:])}, state, params)
+        updates, state = transform.update(
+            {"m": {"kernel": jnp.array([g[:2]])}, "v": {"bias": jnp.array(g[2:])}}, state, params
+        )
         params = optax.apply_updates(params, updates)
         g = g / max(1.0, np.linalg.norm(g))
         first, second = 0.8 * first + 0.2 * g, 0.9 * second + 0.1 * g * g
         move = (first / (1 - 0.8**t)) / (np.sqrt(second / (1 - 0.9**t)) + 1e-8)
         p = p - 0.1 * (move + 0.5 * p * np.array([1, 1, 0]))
-    np.testing.assert_allclose(np.concatenate([params["m"][0], params["v"]]), p, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate([params["m"]["kernel"][0], params["v"]["bias"]]), p, rtol=1e-5)
 
 
 def test_global_norm():
