@@ -132,7 +132,7 @@ def map_rows(
     """
     c = jnp.zeros(valid.shape, jnp.int32) if consumed is None else consumed
     probs = _probabilities(ids, logprobs)
-    images = _lookup(table.ids, ids, c[..., None], -1)
+    images = jnp.where(jnp.isfinite(logprobs), _lookup(table.ids, ids, c[..., None], -1), -1)
     if consumed is not None:
         if source_labels is None:
             raise ValueError("map_rows: `consumed` needs `source_labels`")
@@ -171,6 +171,7 @@ def _probabilities(ids: Array, logprobs: Array) -> Array:
 def _lookup(table: Array, ids: Array, column: Array, missing: int) -> Array:
     """table[ids, column]; `missing` where either is out of range."""
     rows, columns = table.shape
+    table = jnp.asarray(table)
     known = (ids >= 0) & (ids < rows) & (column >= 0) & (column < columns)
     flat = jnp.clip(ids, 0, rows - 1) * columns + jnp.clip(column, 0, columns - 1)
     return jnp.where(known, table.reshape(-1)[flat], jnp.asarray(missing, table.dtype))
@@ -224,7 +225,7 @@ def average_ce(ce: Array, segment_ids: Array, level: Level, window: int = 16) ->
 
 
 def _window_sums(values: Array, counts: Array, segment_ids: Array, window: int) -> tuple[Array, Array]:
-    L = values.shape[1]
+    L, segment_ids = values.shape[1], jnp.asarray(segment_ids)
     before, after = (window - 1) // 2, window // 2
 
     def add(shift: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -115,6 +115,8 @@ def _over_blocks(
     def step(carry: tuple, b: Array) -> tuple[tuple, Array | None]:
         total, sums, grad_DV = carry
         h, r = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, b, 1, keepdims=False), (hidden_SND, rows_SN))
+        # Whatever a row that counts for nothing holds (padding may be NaN), 0 · NaN must not reach the gradients.
+        h = jnp.where(((r.clm_weight != 0) | (r.fusion_weight != 0))[:, None], h, jnp.zeros((), h.dtype))
         value, parts, dlogits = _block(h, weights, r, weight_clm, options, with_gradients)
         carry_sums = jax.tree.map(jnp.add, sums, parts)
         if dlogits is None:
