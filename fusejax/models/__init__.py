@@ -27,6 +27,7 @@ __all__ = [
     "DecoderConfig",
     "abstract_params",
     "check_tokenizer",
+    "count_parameters",
     "decoder_config",
     "fingerprint",
     "hf_config",
@@ -47,7 +48,7 @@ def load(
     *,
     compute_dtype: Any = jnp.float32,
     remat: Literal["none", "full"] = "none",
-    unroll: int | None = None,
+    unroll: int = 1,
 ) -> Decoder:
     """The model of a Hugging Face folder or hub name.
 
@@ -69,7 +70,7 @@ def init(
     *,
     compute_dtype: Any = jnp.float32,
     remat: Literal["none", "full"] = "none",
-    unroll: int | None = None,
+    unroll: int = 1,
 ) -> Decoder:
     """A model with random parameters, the same for a seed on any machine and mesh.
 
@@ -141,3 +142,8 @@ def _named(mesh: jax.sharding.Mesh, variable: nnx.Param) -> jax.sharding.NamedSh
     from fusejax import sharding
 
     return sharding.named(mesh, variable.get_metadata()["axes"], tuple(variable.shape))
+
+
+def count_parameters(config: DecoderConfig) -> int:
+    """How many numbers the model holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))

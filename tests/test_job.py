@@ -1,0 +1,209 @@
+"""The whole job: `train.py` on tiny models of two architectures and tokenizers, and what a kill leaves of it."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import TEXTS
+
+import fusejax
+from fusejax import cli, config
+from fusejax.errors import UserError
+
+TRAIN_PY = Path(__file__).parent.parent / "train.py"
+HELD_OUT = ["A cat and a dog sat on the mat.", "import os\nprint(os.sep)\n", "The hills are far away."]
+
+
+def load_main():
+    spec = importlib.util.spec_from_file_location("train", TRAIN_PY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def write_corpus(path, texts):
+    lines = [{"text": text, "domain": domain} for domain, group in texts.items() for text in group]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_corpus(folder / "train.jsonl", TEXTS)
+    write_corpus(folder / "heldout.jsonl", {"prose": HELD_OUT[::2], "code": HELD_OUT[1:2]})
+    return folder
+
+
+@pytest.fixture
+def write_config(inputs, tiny_models, tmp_path):
+    def write(name="job", **changes):
+        values = {
+            "target": tiny_models["coarse"],
+            "sources": [tiny_models["coarse"], tiny_models["fine"]],
+            "corpus": {"path": str(inputs / "train.jsonl"), "domain_key": "domain"},
+            "max_length": 64,
+            "cache": {"top_k": 5, "batch_tokens": 256},
+            "loss": {"weight_clm": 0.5},
+            "optimizer": {"learning_rate": 3e-3},
+            "batch": {"sequences": 2, "epochs": 4},
+            "precision": {"compute": "float32"},
+            "checkpoint": {"every": 3},
+            "evaluation": {"corpus": {"path": str(inputs / "heldout.jsonl"), "domain_key": "domain"}},
+            "output": str(tmp_path / name),
+        } | changes
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def report_of(folder, without=("throughput", "config", "name")):
+    report = json.loads((folder / "report.json").read_text())
+    return {key: value for key, value in report.items() if key not in without}
+
+
+def test_the_whole_job_and_again(write_config, tmp_path, capsys):
+    path = write_config()
+    load_main()([str(path)])
+    out = capsys.readouterr().out
+    folder = tmp_path / "job"
+    for made in ("report.json", "report.html", "metrics.jsonl", "config.yaml", "checkpoints", "export", "tensorboard"):
+        assert (folder / made).exists(), made
+    assert "CLM only" in out
+    report = report_of(folder)
+    scores = report["evaluation"]["bits_per_byte"]
+    assert list(scores) == ["target", "coarse", "fine", "clm", "fused"]
+    for values in scores.values():
+        assert values["average"] == pytest.approx((values["prose"] + values["code"]) / 2)
+    assert scores["target"] == scores["coarse"]
+    assert scores["fused"]["average"] < scores["target"]["average"]
+    assert report["alignment"]["coarse"]["share"] == 1.0
+    assert 0 < report["alignment"]["fine"]["share"] <= 1
+    won = report["training"]["fused"]["rows_won"]
+    assert sum(won.values()) + report["training"]["fused"]["rows_fallback"] == pytest.approx(1, abs=1e-5)
+    assert config.load(folder / "config.yaml") == config.load(path)
+    html = (folder / "report.html").read_text()
+    assert html.count("<svg") == 3
+    assert "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+    model = fusejax.load(folder / "export")
+    assert np.isfinite(np.asarray(model(np.array([[5, 6, 7]])))).all()
+
+    load_main()([str(path)])
+    out = capsys.readouterr().out
+    for stage in ("train fused: done", "train clm: done", "export fused: done", "source"):
+        assert stage in out
+    assert report_of(folder) == report
+
+    # The export is a source for the next fusion.
+    again = write_config("next", target=str(folder / "export"), sources=[{"model": str(folder / "export"), "name": "x"}])
+    load_main()([str(again), "evaluation.clm=false", "batch.epochs=1"])
+    scores = report_of(tmp_path / "next")["evaluation"]["bits_per_byte"]
+    assert scores["target"]["average"] == pytest.approx(report["evaluation"]["bits_per_byte"]["fused"]["average"])
+
+
+def test_dry_run_writes_nothing(write_config, tmp_path, capsys):
+    load_main()([str(write_config()), "--dry-run"])
+    out = capsys.readouterr().out
+    assert "disk needed" in out
+    assert not (tmp_path / "job").exists()
+
+
+def test_dry_run_of_the_papers_recipe(capsys):
+    load_main()([str(TRAIN_PY.parent / "configs" / "fusellm-7b.yaml"), "--dry-run"])
+    out = capsys.readouterr().out
+    assert "1.8B" in out
+    assert "meta-llama/Llama-2-7b-hf" in out
+
+
+def test_each_stage_by_itself(write_config, tmp_path, capsys):
+    path = str(write_config())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", path])
+    assert stopped.value.code == 2
+    assert "run" in capsys.readouterr().err
+    for stage in cli.STAGES:
+        cli.main([stage, path, "evaluation.clm=false", "batch.epochs=1"])
+    assert (tmp_path / "job" / "report.html").exists()
+    cli.main(["inspect", str(tmp_path / "job" / "sources" / "fine")])
+    assert "logprobs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "CONFIG.yaml"),
+        (["nothing"], "invalid choice"),
+        (["inspect", "/nonexistent"], "no store here"),
+        (["plan", "missing.yaml"], "no such configuration"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_cache_of_another_text_is_refused(write_config, inputs, tmp_path):
+    path = write_config(evaluation={"clm": False}, batch={"sequences": 2, "epochs": 1})
+    load_main()([str(path)])
+    other = tmp_path / "other.jsonl"
+    write_corpus(other, {"prose": ["Quite another text."]})
+    with pytest.raises(UserError, match="text"):
+        load_main()([str(path), f"corpus.path={other}"])
+    with pytest.raises(UserError, match="top_k"):
+        load_main()([str(path), "cache.top_k=3"])
+
+
+def run_until(path, marker, delay):
+    """Start the job, SIGKILL it `delay` seconds after a line with `marker` (never, where it is None)."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN_PY), str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+    seen = []
+    deadline = time.monotonic() + 300
+    for line in process.stdout:
+        seen.append(line)
+        if marker is not None and marker in line:
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        assert time.monotonic() < deadline
+    process.wait(timeout=60)
+    return process.returncode, "".join(seen)
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_equals_undisturbed(write_config, tmp_path):
+    path = write_config()
+    code, out = run_until(path, None, 0)
+    assert code == 0, out
+    expected = report_of(tmp_path / "job")
+    shutil.rmtree(tmp_path / "job")
+    kills = 0
+    for marker, delay in [
+        ("prepare heldout", 0.0), ("prepare train", 0.0), ("source", 0.0), ("source fine", 0.0), ("align", 0.0),
+        ("align", 0.3), ("train fused", 0.0), ("train clm", 0.0), ("export fused", 0.0), ("export clm", 0.2),
+        ("evaluate", 0.0), ("evaluate", 0.5), ("report", 0.0),
+    ]:  # fmt: skip
+        code, out = run_until(path, marker, delay)
+        kills += code == -signal.SIGKILL
+    assert kills >= 8
+    code, out = run_until(path, None, 0)
+    assert code == 0, out
+    assert report_of(tmp_path / "job") == expected
