@@ -175,7 +175,8 @@ class Tokenizer:
     @cached_property
     def ids_of_bytes(self) -> dict[bytes, int]:
         """Canonical bytes → id. Of several tokens with the same bytes, the one that the tokenizer uses."""
-        single, found = set(self._byte_ids.values()), {}
+        single = set(self._byte_ids.values())
+        found: dict[bytes, int] = {}
         several: dict[bytes, list[int]] = {}
         for i, piece in enumerate(self.canonical_bytes):
             if not piece or i in single:

@@ -1,8 +1,8 @@
 """The gold chain: what the source gives the true next target token where that token is not one source token.
 
 A row of a source names source tokens only. Where the true next target token spans several of them ('Ġcheckpoint' over
-'Ġcheck' and 'point'), its probability is a product along the source's own true tokens, which the cache's cross-entropies
-hold.
+'Ġcheck' and 'point'), its probability is a product along the source's own true tokens: the cache holds their
+cross-entropies.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,8 @@ class GoldChain:
         T, R = len(target_boundaries_T), len(source_ids_R)
         gold_T = np.full(T, -np.inf, np.float32)
         ends_R = source_boundaries_R
-        t_N = np.flatnonzero((row_map_T2[: T - 1, 0] >= 0) & (row_map_T2[: T - 1, 0] < R - 1)) if T and R else []
+        row_T = row_map_T2[: max(T - 1, 0), 0]
+        t_N = np.flatnonzero((row_T >= 0) & (row_T < R - 1))
         if not len(t_N):
             return gold_T
         stop_N = target_boundaries_T[t_N + 1]

@@ -31,7 +31,10 @@ class Quality:
             self.rows += count
 
     def report(self) -> dict[str, Any]:
-        """{rows, aligned, share, kinds (shares of rows), empty, mass_kept, mapped_ce}; the last three None unmeasured."""
+        """{rows, aligned, share, kinds (shares of rows), empty, mass_kept, mapped_ce}; see `quality`.
+
+        The last three are None where nothing was measured.
+        """
         aligned = self.rows - self.kinds["fallback"]
         return {
             "rows": self.rows,
@@ -70,8 +73,8 @@ def quality(
     logarithms of its true probabilities) and ce float[n]. Returns `Quality.report`: mass_kept is the mean probability
     that the top-k cut and the token map leave of a row (rows inside a token are left out); mapped_ce is the mean
     cross-entropy of the mapped distribution, scaled to 1, on the true next target token, over the aligned rows that
-    have one; a probability p counts as 0.98 p + 0.02/V, so that a miss costs a finite sum. Rows of which nothing is left
-    (`empty`: their share of the aligned rows) fall back and are counted so.
+    have one; a probability p counts as 0.98 p + 0.02/V, so that a miss costs a finite sum. Rows of which nothing is
+    left (`empty`: their share of the aligned rows) fall back and are counted so.
     """
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
     texts = [text] if isinstance(text, str) else list(text)
@@ -102,7 +105,7 @@ def measure(
     vocab_size: int,
     chain: GoldChain | None,
 ) -> np.ndarray:
-    """Add one document's mass kept and mapped cross-entropy to `total`; the rows of which nothing is left, as indices."""
+    """Add one document's mass kept and mapped cross-entropy to `total`; returns the rows of which nothing is left."""
     labelled_T = (row_map_T2[:, 0] >= 0) & (np.arange(len(target.ids)) < len(target.ids) - 1)
     labelled_T &= row_map_T2[:, 0] < len(source.ids) - 1
     t_N = np.flatnonzero(labelled_T)

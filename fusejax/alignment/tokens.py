@@ -1,7 +1,7 @@
 """Token maps: which token of the target each token of the source becomes.
 
-A token map depends on the two tokenizers alone. For rows that stand inside a source token it is a table with a column for
-each number of bytes of the token that the context already holds.
+A token map depends on the two tokenizers alone. For rows that stand inside a source token it is a table with a column
+for each number of bytes of the token that the context already holds.
 """
 
 from typing import Any, NamedTuple

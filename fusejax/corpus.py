@@ -1,0 +1,309 @@
+"""Documents: read from a corpus, told apart by content, split to fit, and tokenized for every model.
+
+The stage `prepare` writes data/train and, where there is an evaluation corpus, data/heldout: a store of documents and
+one store of tokens for each distinct tokenizer, all in the same order.
+"""
+
+import io
+import os
+import time
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from fusejax import reading, tokenizers
+from fusejax.config import Config, CorpusConfig
+from fusejax.errors import UserError
+from fusejax.progress import progress, say
+from fusejax.splitting import room, split_text
+from fusejax.store import Store, StoreWriter, check_inputs, fingerprint, read_manifest, write_atomically
+from fusejax.tokenizers import Tokenizer
+
+_PARTS = "parts.npz"
+_SHARD_DOCUMENTS = 64
+_SAY_EVERY_S = 5.0
+_SMALL_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """id: the first 16 hex digits of the text's sha256, with `.p` for part p of a document that was split."""
+
+    id: str
+    domain: str
+    text: str
+
+
+def read_documents(corpus: CorpusConfig, counts: Counter[str] | None = None) -> Iterator[Document]:
+    """The documents of a corpus in order, whole: the chosen domains, each text once, up to the limits of each domain.
+
+    counts gets `duplicates` (same text as an earlier document), `empty` and `over_limit`: documents left out. An empty
+    text is a UserError in files that the user can put right; in data sets from a hub it is left out. Raises UserError
+    for every fault of the input, and where no document is left.
+    """
+    counts = Counter() if counts is None else counts
+    taken: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    seen: set[str] = set()
+    domains: set[str] = set()
+    from_hub = corpus.path.startswith(("tfds:", "huggingface:"))
+
+    def full(domain: str) -> bool:
+        wanted = corpus.domains is None or domain in corpus.domains
+        return not wanted or (corpus.limit is not None and taken[domain] >= corpus.limit)
+
+    for where, domain, text in reading.texts(corpus, full):
+        domains.add(domain)
+        if corpus.domains is not None and domain not in corpus.domains:
+            continue
+        if not text.strip():
+            if not from_hub:
+                raise UserError(f"{where}: the text is empty; remove this document")
+            counts["empty"] += 1
+            continue
+        data = text.encode("utf-8")
+        name = sha256(data).hexdigest()[:16]
+        if name in seen:
+            counts["duplicates"] += 1
+            continue
+        too_much = corpus.limit_bytes is not None and size[domain] + len(data) > corpus.limit_bytes
+        if too_much or full(domain):
+            counts["over_limit"] += 1
+            if corpus.domains is not None and all(map(full, corpus.domains)):
+                break
+            continue
+        seen.add(name)
+        taken[domain] += 1
+        size[domain] += len(data)
+        yield Document(name, domain, text)
+    if not taken:
+        raise UserError(_none_left(corpus, domains, counts))
+
+
+def _none_left(corpus: CorpusConfig, domains: set[str], counts: Counter[str]) -> str:
+    if corpus.domains is not None and not domains.intersection(corpus.domains):
+        there = ", ".join(sorted(domains)[:20]) or "none"
+        return f"{corpus.path}: no documents of corpus.domains {', '.join(corpus.domains)}; domains there: {there}"
+    if counts["over_limit"]:
+        return f"{corpus.path}: every document is longer than corpus.limit_bytes {corpus.limit_bytes}"
+    return f"{corpus.path}: no documents"
+
+
+def split_document(document: Document, tokenizers: Sequence[Tokenizer], max_tokens: int) -> list[Document]:
+    """The document in parts of at most `max_tokens` tokens in every tokenizer, EOS and BOS included.
+
+    Joined, the parts' texts are the document's. Parts end at white space where there is any near, never inside a
+    character. See `fusejax.splitting`.
+    """
+    return _parts(document, split_text(document.text, tokenizers, max_tokens))
+
+
+def _parts(document: Document, texts: Sequence[str]) -> list[Document]:
+    if len(texts) == 1:
+        return [document]
+    return [Document(f"{document.id}.{p}", document.domain, text) for p, text in enumerate(texts)]
+
+
+def local_size(corpus: CorpusConfig) -> int | None:
+    """Bytes of text of a corpus on this machine (of large files estimated), None for one that must be fetched."""
+    if corpus.path.startswith(("tfds:", "huggingface:")) or (Path(corpus.path) / "dataset_info.json").exists():
+        return None
+    if not corpus.path.startswith("stdlib:"):
+        on_disk = [(path, path.stat().st_size) for path, _ in reading.files(corpus)]
+        if sum(size for _, size in on_disk) > _SMALL_BYTES:
+            return sum(size * (3 if path.suffix in (".gz", ".parquet") else 1) for path, size in on_disk)
+    return sum(len(document.text.encode("utf-8")) for document in read_documents(corpus))
+
+
+def prepare(config: Config) -> None:
+    """The stage `prepare`: the documents and tokens of data/train and data/heldout that are not there yet.
+
+    Documents too long for `max_length` in any tokenizer are split. A document of the evaluation corpus that also
+    stands in the training corpus is left out of training. Raises UserError where the folders were made from other text.
+    """
+    known = list({tokenizer.fingerprint: tokenizer for tokenizer in tokenizers.for_config(config).values()}.values())
+    heldout: Collection[str] = ()
+    if config.evaluation.corpus is not None:
+        heldout = _Preparation(config, "heldout", config.evaluation.corpus, known).run()
+    _Preparation(config, "train", config.corpus, known, heldout).run()
+
+
+class _Preparation:
+    """One split: an index pass (ids), a pass that decides on parts, then documents and tokens, shard by shard."""
+
+    def __init__(
+        self,
+        config: Config,
+        split: str,
+        corpus: CorpusConfig,
+        known: Sequence[Tokenizer],
+        left_out: Collection[str] = (),
+    ) -> None:
+        self._title = f"prepare {split}"
+        self._folder = config.folder / "data" / split
+        self._corpus, self._tokenizers, self._max_length = corpus, known, config.max_length
+        self._left_out = frozenset(left_out)
+        self._n_documents = 0
+
+    def run(self) -> set[str]:
+        """Make what is missing; the ids of all whole documents."""
+        ids, text = self._index()
+        inputs: dict[str, str | int] = {"text": text, "max_length": self._max_length}
+        folder = self._folder / "documents"
+        made = read_manifest(folder)
+        if made is not None:
+            remedy = f"remove {self._folder} to make it anew, or choose another `output`"
+            check_inputs(folder, {key: made["inputs"].get(key) for key in inputs}, inputs, remedy)
+        done = made is not None and made["complete"]
+        if not done:
+            self._write_documents(folder, inputs)
+        documents = Store(folder)
+        todo = [tokenizer for tokenizer in self._tokenizers if self._write_tokens(documents, tokenizer)]
+        if done and not todo:
+            say(f"{self._title}: done already ({len(documents)} documents)")
+        return ids
+
+    def _read(self, counts: Counter[str] | None = None) -> Iterator[Document]:
+        for document in read_documents(self._corpus, counts):
+            if document.id not in self._left_out:
+                yield document
+            elif counts is not None:
+                counts["heldout"] += 1
+
+    def _index(self) -> tuple[set[str], str]:
+        """(ids of all documents, fingerprint of the text), and a line on what was left out."""
+        counts: Counter[str] = Counter()
+        ids, digest, size, last = set(), sha256(), 0, time.monotonic()
+        for document in self._read(counts):
+            ids.add(document.id)
+            digest.update(f"{document.id} {document.domain}\n".encode())
+            size += len(document.text)
+            if time.monotonic() - last > _SAY_EVERY_S:
+                last = time.monotonic()
+                say(f"{self._title}: reading {self._corpus.path}: {len(ids)} documents so far")
+        if not ids:
+            raise UserError(f"{self._corpus.path}: every document is also held out for evaluation; none is left")
+        names = {
+            "duplicates": "that repeat another",
+            "empty": "without text",
+            "heldout": "that are held out for evaluation",
+        }
+        left_out = ", ".join(f"{counts[key]} {what}" for key, what in names.items() if counts[key])
+        left_out = f"; left out: {left_out}" if left_out else ""
+        say(f"{self._title}: {len(ids)} documents, {size / 1e6:.1f} M characters{left_out}")
+        self._n_documents = len(ids)
+        return ids, digest.hexdigest()[:16]
+
+    def _write_documents(self, folder: Path, inputs: dict[str, str | int]) -> None:
+        ends, counts = self._ends(folder, inputs)
+        writer = StoreWriter(
+            folder, inputs | {"parts": fingerprint(ends.tobytes())}, int(counts.sum()), _SHARD_DOCUMENTS
+        )
+        missing = dict(writer.missing())
+        with progress(self._title, sum(map(len, missing.values()))) as bar:
+            waiting: list[dict[str, str]] = []
+            for n, part in enumerate(self._cut(ends, counts), 1):
+                waiting.append({"id": part.id, "domain": part.domain, "text": part.text})
+                if len(waiting) == _SHARD_DOCUMENTS or n == counts.sum():
+                    shard = (n - 1) // _SHARD_DOCUMENTS
+                    if shard in missing:
+                        writer.write(shard, waiting)
+                        bar.advance(len(waiting))
+                    waiting = []
+        split = int((counts > 1).sum())
+        writer.finish({"documents": int((counts > 0).sum()), "parts": int(counts.sum()), "split": split})
+        if split:
+            say(
+                f"{self._title}: {split} documents longer than {self._max_length} tokens became "
+                f"{counts[counts > 1].sum()}"
+            )
+
+    def _cut(self, ends: np.ndarray, counts: np.ndarray) -> Iterator[Document]:
+        """The parts of all documents, from where each ends (in characters of its document)."""
+        stops = np.cumsum(counts)
+        for d, document in enumerate(self._read()):
+            edges = [0, *ends[stops[d] - counts[d] : stops[d]].tolist()]
+            if counts[d]:
+                yield from _parts(document, [document.text[a:b] for a, b in pairwise(edges)])
+
+    def _ends(self, folder: Path, inputs: dict[str, str | int]) -> tuple[np.ndarray, np.ndarray]:
+        """(where each part ends, parts of each document), kept beside the documents: they need every tokenizer."""
+        path = folder / _PARTS
+        key = fingerprint(inputs)
+        if path.exists():
+            with np.load(path, allow_pickle=False) as saved:
+                if str(saved["key"]) == key:
+                    return saved["ends"], saved["counts"]
+        ends, counts = array("q"), array("q")
+        with progress(f"{self._title}: lengths", self._n_documents) as bar:
+            for batch in _batches(self._read(), _SHARD_DOCUMENTS):
+                for lengths in self._split(batch):
+                    counts.append(len(lengths))
+                    ends.extend(np.cumsum(lengths, dtype=np.int64).tolist())
+                bar.advance(len(batch))
+        result = np.array(ends, np.int64), np.array(counts, np.int64)
+        if not result[1].any():
+            raise UserError(f"{self._corpus.path}: no document has a token in every tokenizer")
+        buffer = io.BytesIO()
+        np.savez(buffer, key=np.array(key), ends=result[0], counts=result[1])
+        write_atomically(path, buffer.getvalue())
+        return result
+
+    def _split(self, batch: Sequence[Document]) -> Iterator[list[int]]:
+        """For each document the lengths of its parts (in characters); none where a tokenizer has no token for one."""
+        texts = [document.text for document in batch]
+        tokens = np.array([[len(ids) for ids, _ in t.encode_batch(texts)] for t in self._tokenizers])
+        most = np.array([room(t, self._max_length) for t in self._tokenizers])
+        for d, text in enumerate(texts):
+            parts, enough = [text], bool((tokens[:, d] > 0).all())
+            if (tokens[:, d] > most).any():
+                parts = split_text(text, self._tokenizers, self._max_length)
+                enough = all(len(t.encode(part)[0]) for part in parts for t in self._tokenizers)
+            if enough:
+                yield [len(part) for part in parts]
+            else:
+                say(f"{self._title}: document {batch[d].id} is left out: a tokenizer has no token for part of it")
+                yield []
+
+    def _write_tokens(self, documents: Store, tokenizer: Tokenizer) -> bool:
+        """Whether there was anything left to write."""
+        inputs = {"text": fingerprint(documents.inputs), "tokenizer": tokenizer.fingerprint}
+        folder = self._folder / "tokens" / tokenizer.fingerprint
+        writer = StoreWriter(folder, inputs, len(documents), _SHARD_DOCUMENTS)
+        if writer.done:
+            return False
+        missing = writer.missing()
+        most, total = room(tokenizer, self._max_length), 0
+        title = f"{self._title}: tokens of {os.path.basename(tokenizer.name.rstrip('/'))}"
+        with progress(title, sum(len(span) for _, span in missing)) as bar:
+            for shard, span in missing:
+                records = [documents[i] for i in span]
+                encoded = tokenizer.encode_batch([record["text"] for record in records])
+                for record, (ids, _) in zip(records, encoded, strict=True):
+                    if not 0 < len(ids) <= most:
+                        raise UserError(
+                            f"{folder}: document {record['id']} has {len(ids)} tokens of {tokenizer.name}, which must "
+                            f"be 1 to {most}; remove {self._folder} to split the documents anew"
+                        )
+                    total += len(ids)
+                writer.write(shard, [{"ids": ids, "boundaries": boundaries} for ids, boundaries in encoded])
+                bar.advance(len(span))
+        writer.finish({"tokenizer": tokenizer.name})
+        return True
+
+
+def _batches(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,270 @@
+"""Corpora as they come: jsonl, parquet, text files, TFDS and Hugging Face data sets → texts, one at a time.
+
+Nothing here holds a whole corpus in memory. Every fault of the input is a UserError that names the file and the place.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fusejax import hub
+from fusejax.config import CorpusConfig
+from fusejax.errors import UserError
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+
+
+class Text(NamedTuple):
+    """One text of a corpus. where: its file and place, for messages."""
+
+    where: str
+    domain: str
+    text: str
+
+
+def texts(corpus: CorpusConfig, full: Callable[[str], bool] = lambda domain: False) -> Iterator[Text]:
+    """All texts of a corpus in order. full(domain): no more texts of this domain are wanted, files may be skipped."""
+    kind, _, rest = corpus.path.partition(":")
+    if kind == "stdlib":
+        yield from _stdlib(corpus)
+    elif kind == "tfds" and rest:
+        yield from _records(corpus, *_tfds(corpus, rest))
+    elif kind == "huggingface" and rest:
+        yield from _records(corpus, *_huggingface(corpus, rest))
+    elif _is_tfds_folder(Path(corpus.path).expanduser()):
+        yield from _records(corpus, *_tfds_folder(corpus))
+    else:
+        if corpus.split != "train":
+            raise UserError(
+                f"corpus.split: {corpus.split!r} means nothing for {corpus.path}; only tfds:, huggingface:, stdlib: "
+                "and TFDS folders have splits"
+            )
+        for path, domain in files(corpus):
+            if corpus.domain_key is not None or not full(domain):
+                yield from _READERS[_suffix(path)](path, corpus, domain)
+
+
+def files(corpus: CorpusConfig) -> list[tuple[Path, str]]:
+    """(file, its domain where no key names one) of a local corpus, sorted by path.
+
+    A file's domain is its stem; the domain of a text file in a folder is the folder that it lies in.
+    """
+    path = Path(corpus.path).expanduser()
+    if not path.exists():
+        raise UserError(f"{corpus.path}: no such corpus file or folder")
+    if path.is_file():
+        if _suffix(path) is None:
+            raise UserError(f"{corpus.path}: a corpus file should end in {', '.join(_SUFFIXES)}")
+        return [(path, _stem(path))]
+    found = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".") and _suffix(Path(name))]
+    if not found:
+        raise UserError(f"{corpus.path}: no documents: this folder holds no file that ends in {', '.join(_SUFFIXES)}")
+    return [(file, file.parent.name if _suffix(file) == ".txt" else _stem(file)) for file in sorted(found)]
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(_suffix(path) or "")]
+
+
+def _field(record: Any, key: str, where: str, setting: str) -> Any:
+    """record[key]; `a.b` also reaches into a nested record."""
+    value = record
+    for part in [key] if isinstance(record, dict) and key in record else key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else "none"
+            raise UserError(f"{where}: no key {key!r} (corpus.{setting}); keys there: {keys}")
+        value = value[part]
+    return value
+
+
+def _text(record: Any, corpus: CorpusConfig, where: str, domain: str) -> Text:
+    """A record's text and domain, checked."""
+    text = _field(record, corpus.text_key, where, "text_key")
+    if isinstance(text, bytes):
+        text = decode(text, where)
+    if not isinstance(text, str):
+        kind = "null" if text is None else type(text).__name__
+        raise UserError(f"{where}: key {corpus.text_key!r} should hold a text, it holds a value of type {kind}")
+    if corpus.domain_key is not None:
+        domain = _field(record, corpus.domain_key, where, "domain_key")
+        domain = decode(domain, where) if isinstance(domain, bytes) else str(domain)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the text holds half a surrogate pair, which UTF-8 cannot hold") from None
+    return Text(where, domain, text)
+
+
+def decode(data: bytes, where: str) -> str:
+    """UTF-8 → text; UserError naming the first byte that is not."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start}: 0x{data[error.start]:02x})") from None
+
+
+def _jsonl(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
+    opener = gzip.open if _suffix(path) == ".jsonl.gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                content = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, where).strip()
+                if not content:
+                    continue
+                try:
+                    record = json.loads(content)
+                except ValueError as error:
+                    raise UserError(f"{where}: not valid JSON ({error})") from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: should be an object such as {{{json.dumps(corpus.text_key)}: ...}}")
+                yield _text(record, corpus, where, domain)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read after line {number} ({error})") from None
+
+
+def _parquet(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = {key: key if key in names else key.split(".")[0] for key in _keys(corpus)}
+            for key, column in wanted.items():
+                if column not in names:
+                    raise UserError(f"{path}: no column {key!r}; columns there: {', '.join(names)}")
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=sorted(set(wanted.values()))):
+                for record in batch.to_pylist():
+                    yield _text(record, corpus, f"{path} row {row}", domain)
+                    row += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: not a parquet file that can be read ({_one_line(error)})") from None
+
+
+def _keys(corpus: CorpusConfig) -> list[str]:
+    return [corpus.text_key, *([corpus.domain_key] if corpus.domain_key else [])]
+
+
+def _plain(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
+    if corpus.domain_key is not None:
+        raise UserError(f"{path}: corpus.domain_key {corpus.domain_key!r} means nothing for text files")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    yield Text(str(path), domain, decode(data.removeprefix(b"\xef\xbb\xbf"), str(path)))
+
+
+_READERS: dict[str | None, Callable[[Path, CorpusConfig, str], Iterator[Text]]] = {
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".parquet": _parquet,
+    ".txt": _plain,
+}
+
+
+def _stdlib(corpus: CorpusConfig) -> Iterator[Text]:
+    from fusejax import stdlib_corpus
+
+    for item in stdlib_corpus.documents(corpus.split):
+        yield Text(f"stdlib: {item.domain} {item.name}", item.domain, item.text)
+
+
+def _records(corpus: CorpusConfig, records: Any, name: str) -> Iterator[Text]:
+    """Rows of a random-access data set."""
+    domain = name.replace("/", "_")
+    for i in range(len(records)):
+        try:
+            record = records[i]
+        except Exception as error:  # whatever the data set's library raises, the data set is what is wrong
+            raise UserError(f"{corpus.path}: record {i} cannot be read ({_one_line(error)})") from None
+        yield _text(dict(record), corpus, f"{corpus.path} {corpus.split}[{i}]", domain)
+
+
+def _import_tfds(path: str) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        import tensorflow_datasets
+
+        return tensorflow_datasets
+    except ImportError as error:
+        raise UserError(
+            f"{path}: needs tensorflow-datasets ({_one_line(error)}): pip install 'fusejax[tfds]'"
+        ) from None
+
+
+def _is_tfds_folder(path: Path) -> bool:
+    return (path / "dataset_info.json").is_file() and (path / "features.json").is_file()
+
+
+def _tfds_folder(corpus: CorpusConfig) -> tuple[Any, str]:
+    tfds = _import_tfds(corpus.path)
+    try:
+        builder = tfds.builder_from_directory(str(Path(corpus.path).expanduser()))
+        return _source(corpus, builder), builder.name
+    except UserError:
+        raise
+    except Exception as error:  # see _records
+        raise UserError(f"{corpus.path}: not a TFDS folder that can be read ({_one_line(error)})") from None
+
+
+def _tfds(corpus: CorpusConfig, rest: str) -> tuple[Any, str]:
+    tfds = _import_tfds(corpus.path)
+    name, _, variant = rest.partition(":")
+    try:
+        builder = tfds.builder(f"{name}/{variant}" if variant else name, file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
+        return _source(corpus, builder), name
+    except UserError:
+        raise
+    except Exception as error:  # see _records
+        raise UserError(
+            f"{corpus.path}: tensorflow-datasets cannot give it ({_one_line(error)}); check the name and the "
+            "connection, or prepare it elsewhere and give its folder"
+        ) from None
+
+
+def _source(corpus: CorpusConfig, builder: Any) -> Any:
+    splits = sorted(builder.info.splits)
+    if corpus.split not in splits:
+        raise UserError(f"{corpus.path}: no split {corpus.split!r} (corpus.split); it has {', '.join(splits)}")
+    return builder.as_data_source(split=corpus.split)
+
+
+def _huggingface(corpus: CorpusConfig, rest: str) -> tuple[Any, str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{corpus.path}: needs datasets ({_one_line(error)}): pip install 'fusejax[hf]'") from None
+    name, _, variant = rest.partition(":")
+    local, cached = hub.is_local(name), _is_cached(name)
+    if not local and not cached:
+        hub.require_reachable(name, "data set")
+    try:
+        return datasets.load_dataset(name, variant or None, split=corpus.split), name.rstrip("/").rsplit("/", 1)[-1]
+    except Exception as error:  # see _records
+        raise UserError(f"{corpus.path}: datasets cannot give it ({_one_line(error)})") from None
+
+
+def _is_cached(name: str) -> bool:
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
