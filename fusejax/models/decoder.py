@@ -179,7 +179,8 @@ class Decoder(nnx.Module):
 
     `compute_dtype` is the dtype of activations (float32 or bfloat16), whatever dtype the parameters have; norms,
     attention scores, softmax and logits are float32 always. `remat`: `none`, or `full` to keep each layer's input
-    alone and compute the layer again in the backward pass. `unroll`: layers per step of the scan.
+    alone and compute the layer again in the backward pass. `unroll`: layers per step of the scan (more than 1 was
+    slower on CPUs and compiles longer).
 
     For pure functions and `jax.jit`: `graphdef, params = nnx.split(model)`, then
     `nnx.merge(graphdef, params).hidden(ids)` inside; `params` is a pytree of arrays.
@@ -190,7 +191,7 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         compute_dtype: Any = jnp.float32,
         remat: Literal["none", "full"] = "none",
-        unroll: int | None = None,
+        unroll: int = 1,
     ):
         def declare_stacked(shape: tuple[int, ...], axes: Axes, init: str) -> nnx.Param:
             return declare((config.n_layers, *shape), ("layers", *axes), init)
@@ -231,7 +232,7 @@ class Decoder(nnx.Module):
     def _run_blocks(self, hidden_BLD: jax.Array, context: Context) -> jax.Array:
         graphdef, layers = nnx.split(self.blocks)
         n_layers = self.config.n_layers
-        unroll = min(self.unroll or default_unroll(), n_layers)
+        unroll = min(self.unroll, n_layers)
 
         def step(hidden_BLD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, layer)(hidden_BLD, context), None
@@ -249,10 +250,6 @@ class Decoder(nnx.Module):
         """Logits of states [..., D], float32 [..., V]."""
         unembedding_DV = self.unembedding().astype(hidden.dtype)
         return jnp.matmul(hidden, unembedding_DV, preferred_element_type=jnp.float32)
-
-
-def default_unroll() -> int:
-    return 1
 
 
 def fill(model: Decoder, make: Callable[[tuple[Any, ...], nnx.Param], jax.Array]) -> Decoder:
