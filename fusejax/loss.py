@@ -71,6 +71,7 @@ def fusion_loss(
     tail: Tail = "tail",
     fusion_mask: Array | None = None,
     block: int | None = None,
+    batch_shards: int = 1,
     logit_scale: float = 1.0,
     logit_cap: float | None = None,
     z_loss: float = 0.0,
@@ -95,7 +96,8 @@ def fusion_loss(
 
     weight_clm is λ, a float or a traced scalar. fusion_mask float[...] weighs the fusion term on its own (default:
     mask where there is a label), labels or not; `count` remains that of the CLM term. block: about how many tokens
-    share one block of logits over all devices (default `block_tokens(V)`); no array of tokens × V beyond it is made.
+    share one block of logits over all devices (default `block_tokens(V, batch_shards)`); no array of tokens × V beyond
+    it is made. batch_shards: over how many devices the tokens are split; it changes where sums meet, not the result.
     gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the backward
     pass), `recompute` in the backward pass. Only `total` is differentiable, in hidden and unembedding.
 
@@ -123,7 +125,8 @@ def fusion_loss(
         fusion_weight=on_fusion.reshape(T),
     )
     options = xla.Options(
-        blocks=max(1, -(-T // (block or block_tokens(V)))),
+        blocks=max(1, -(-T // (block or block_tokens(V, batch_shards)))),
+        shards=batch_shards,
         temperature=temperature,
         tail=tail == "tail",
         nonnegative=kind == "kl",

@@ -245,6 +245,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
 
 
 SHARDED = """
+import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from fusejax import loss
@@ -260,18 +261,22 @@ probs = (rng.random((B, L, M)) / M).astype(np.float32)
 
 def step(h, w, y, ids, probs, λ):
     def total(h, w):
-        sums = loss.fusion_loss(h, w, y, ids, probs, weight_clm=λ, block=16)
+        sums = loss.fusion_loss(h, w, y, ids, probs, weight_clm=λ, block=16, batch_shards=4)
         return sums.total / sums.count, sums
     return jax.value_and_grad(total, (0, 1), has_aux=True)(h, w)
 
 one = jax.jit(step)(hidden, unembedding, labels, ids, probs, 0.3)
 rows, columns = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P("fsdp", "tensor"))
 put = jax.device_put
-many = jax.jit(step, in_shardings=(rows, columns, rows, rows, rows, None))(
-    put(hidden, rows), put(unembedding, columns), put(labels, rows), put(ids, rows), put(probs, rows), 0.3
-)
+arrays = (put(hidden, rows), put(unembedding, columns), put(labels, rows), put(ids, rows), put(probs, rows), 0.3)
+sharded = jax.jit(step, in_shardings=(rows, columns, rows, rows, rows, None)).lower(*arrays).compile()
+many = sharded(*arrays)
 assert len(many[1][1].sharding.device_set) == 8
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, many)
+# The gradient of the unembedding meets once, after the loop over blocks, not in each of them.
+loops, entry = sharded.as_text().split("\\nENTRY")
+collective = re.compile(r"= .*16,32\\].* (all-reduce|all-gather|reduce-scatter)(-start)?\\(")
+assert collective.search(entry) and not collective.search(loops)
 print("same on", jax.device_count(), "devices")
 """
 

@@ -20,9 +20,10 @@ from jax import Array
 
 
 class Options(NamedTuple):
-    """What is fixed at compile time. `blocks`: over how many blocks the tokens are spread."""
+    """What is fixed at compile time. The tokens are spread over `blocks` in time and over `shards` devices."""
 
     blocks: int
+    shards: int = 1
     temperature: float = 1.0
     tail: bool = False
     nonnegative: bool = False  # a divergence: clear it of rounding below 0
@@ -101,8 +102,8 @@ def _over_blocks(
 ) -> tuple:
     """Returns ((total, sums), gradient of hidden, gradient of unembedding), the gradients only where asked for."""
     T, D = hidden.shape
-    n = options.blocks
-    size = -(-T // n)
+    n, shards = options.blocks, options.shards
+    size = -(-T // (n * shards)) * shards
 
     def split(x: Array) -> Array:
         """[T, …] → [size, n, …]: block b is every n-th token, so a T axis sharded over devices stays where it is."""
@@ -113,7 +114,7 @@ def _over_blocks(
     weights = unembedding.astype(hidden.dtype)
 
     def step(carry: tuple, b: Array) -> tuple[tuple, Array | None]:
-        total, sums, grad_DV = carry
+        total, sums, grad_GDV = carry
         h, r = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, b, 1, keepdims=False), (hidden_SND, rows_SN))
         # Whatever a row that counts for nothing holds (padding may be NaN), 0 · NaN must not reach the gradients.
         h = jnp.where(((r.clm_weight != 0) | (r.fusion_weight != 0))[:, None], h, jnp.zeros((), h.dtype))
@@ -123,17 +124,19 @@ def _over_blocks(
             return (total + value, carry_sums, None), None
         dlogits = dlogits.astype(h.dtype)
         grad_h = jnp.einsum("tv,dv->td", dlogits, weights, preferred_element_type=jnp.float32)
-        grad_DV += jnp.einsum("td,tv->dv", h, dlogits, preferred_element_type=jnp.float32)
-        return (total + value, carry_sums, grad_DV), grad_h.astype(h.dtype)
+        h, dlogits = (x.reshape(shards, size // shards, -1) for x in (h, dlogits))
+        grad_GDV += jnp.einsum("gtd,gtv->gdv", h, dlogits, preferred_element_type=jnp.float32)
+        return (total + value, carry_sums, grad_GDV), grad_h.astype(h.dtype)
 
     zero = jnp.zeros((), jnp.float32)
-    grad_DV = jnp.zeros(unembedding.shape, jnp.float32) if with_gradients else None
-    carry, grads_NSD = jax.lax.scan(step, (zero, Sums(zero, zero, zero, zero), grad_DV), jnp.arange(n))
-    total, sums, grad_DV = carry
-    if not with_gradients:
+    # Each device group adds up its own part; they meet once, after the loop, and not in every block.
+    grad_GDV = jnp.zeros((shards, *unembedding.shape), jnp.float32) if with_gradients else None
+    carry, grads_NSD = jax.lax.scan(step, (zero, Sums(zero, zero, zero, zero), grad_GDV), jnp.arange(n))
+    total, sums, grad_GDV = carry
+    if grad_GDV is None:
         return ((total, sums),)
     grad_TD = jnp.swapaxes(jnp.asarray(grads_NSD), 0, 1).reshape(size * n, D)[:T]
-    return (total, sums), grad_TD, grad_DV
+    return (total, sums), grad_TD, jnp.sum(grad_GDV, 0)
 
 
 def _block(
@@ -168,7 +171,7 @@ def _block(
     dz = slope(on_p, on_fusion)
     ids = jnp.concatenate([r.ids, r.labels[:, None]], -1)
     add = jnp.concatenate([at_ids(on_p, on_fusion), -on_clm[:, None]], -1)
-    dz = _scatter(dz, ids).add(add, mode="drop")
+    dz = _add(dz, ids, add)
     if cap is not None:
         dz = dz * (1 - (z / cap) ** 2)
     return total, sums, dz * options.logit_scale
@@ -199,7 +202,7 @@ def _tail_terms(z: Array, z_ids: Array, r: Rows, options: Options) -> tuple:
     τ = options.temperature
     there = r.ids >= 0
     z_ids = jnp.where(there, z_ids, -jnp.inf)
-    z_off = _scatter(z, r.ids).set(-jnp.inf, mode="drop")
+    z_off = _set(z, r.ids, -jnp.inf)
     top = jnp.max(z_off, -1)
     lse_rest = jnp.where(top > -jnp.inf, jax.nn.logsumexp(z_off, -1), -jnp.inf)
     events = jnp.concatenate([z_ids, lse_rest[:, None]], -1)
@@ -235,7 +238,17 @@ def _take(z: Array, ids: Array) -> Array:
     return jnp.where(inside, jnp.take_along_axis(z, jnp.clip(ids, 0, V - 1), -1), 0.0)
 
 
-def _scatter(z: Array, ids: Array):  # type: ignore[no-untyped-def]  # jax does not export the type of z.at[…]
-    """z.at[t, ids[t, m]]; −1 is moved past the end, where mode="drop" leaves it out."""
-    ids = jnp.where(ids >= 0, ids, z.shape[-1])
-    return z.at[jnp.arange(z.shape[0])[:, None], ids]
+def _set(z: Array, ids: Array, value: float) -> Array:
+    """z with z[t, ids[t, m]] = value; ids of −1 are left out."""
+    # By rows under vmap: then the tokens are a batch dimension, along which devices need no exchange.
+    return jax.vmap(lambda z_V, ids_M: z_V.at[_past_the_end(ids_M, z_V)].set(value, mode="drop"))(z, ids)
+
+
+def _add(z: Array, ids: Array, values: Array) -> Array:
+    """z with values[t, m] added at z[t, ids[t, m]]; ids of −1 are left out."""
+    return jax.vmap(lambda z_V, ids_M, a_M: z_V.at[_past_the_end(ids_M, z_V)].add(a_M, mode="drop"))(z, ids, values)
+
+
+def _past_the_end(ids: Array, z_V: Array) -> Array:
+    """−1 would count from the end; mode="drop" leaves out what lies beyond it."""
+    return jnp.where(ids >= 0, ids, z_V.shape[0])

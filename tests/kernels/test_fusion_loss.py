@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fusejax.kernels.fusion_loss import reference
 
 from fusejax import loss
-from fusejax.kernels.fusion_loss import reference
 
 
 def example(T, D, V, M, seed=0, scale=1.0):
