@@ -4,6 +4,7 @@ One document to a row, so that a document whose activations overflow cannot reac
 length share a batch, and batches have few shapes, so that few programs are compiled.
 """
 
+import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -89,8 +90,18 @@ def plan(lengths: np.ndarray, max_length: int, batch_tokens: int, row_multiple: 
     return batches
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(
+    structure: Any, k: int, vocab_size: int | None, state: Any, ids_BL: jax.Array, labels_BL: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids, log-probabilities, CE) of a batch. Models of the same structure share the compiled program."""
+    decoder = nnx.merge(structure, state)
+    out = topk_unembed(decoder.hidden(ids_BL), decoder.unembedding(), labels_BL, k=k, vocab_size=vocab_size)
+    return out.ids, out.logprobs, out.ce
+
+
 class Scorer:
-    """Runs a model over documents. Keeps the model on the device; the programs are compiled once per batch length."""
+    """Runs a model over documents; a program is compiled for each batch length that occurs."""
 
     def __init__(
         self, model: Any, *, k: int, vocab_size: int | None = None, max_length: int, batch_tokens: int, mesh: Mesh
@@ -102,20 +113,7 @@ class Scorer:
         self._max_length, self._batch_tokens, self._mesh = max_length, batch_tokens, mesh
         self._row_multiple = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
         structure, self._state = nnx.split(model)
-
-        def forward(state: Any, ids_BL: jax.Array, labels_BL: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            decoder = nnx.merge(structure, state)
-            hidden_BLD = decoder.hidden(ids_BL)
-            out = topk_unembed(
-                hidden_BLD,
-                decoder.unembedding(),
-                labels_BL,
-                k=k,
-                vocab_size=vocab_size,
-            )
-            return out.ids, out.logprobs, out.ce
-
-        self._forward = jax.jit(forward)
+        self._forward = functools.partial(_forward, structure, k, vocab_size)
 
     def __call__(
         self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]

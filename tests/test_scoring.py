@@ -19,7 +19,6 @@ class RunningMean(nnx.Module):
 
     def __init__(self, seed=0):
         keys = jax.random.split(jax.random.key(seed))
-        self.config = SimpleNamespace(vocab_size=V)
         self.embedding = nnx.Param(jax.random.normal(keys[0], (V, D)))
         self.output = nnx.Param(jax.random.normal(keys[1], (D, V)))
 

@@ -1,0 +1,290 @@
+"""Training batches: packed documents, and beside every token the rows of the sources that predict its successor.
+
+Batch s is a function of (configuration, s) alone and is found in O(1): resuming needs nothing but the step number,
+and the order does not depend on how many processes or threads make the batches.
+"""
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from fusejax import sources
+from fusejax.alignment import GoldChain, load_token_table
+from fusejax.config import Config, ModelConfig
+from fusejax.errors import UserError
+from fusejax.fusion import TokenTable
+from fusejax.packing import Packing, pack
+from fusejax.scoring import inputs_and_labels
+from fusejax.store import Store, check_inputs, write_atomically
+from fusejax.tokenizers import Tokenizer
+
+Arrays = dict[str, np.ndarray]
+
+
+def token_tables(config: Config) -> list[TokenTable]:
+    """Every source's token table, in the order of the configuration (host arrays)."""
+    return [load_token_table(config.folder / "alignment" / source.label) for source in config.sources]
+
+
+def token_counts(tokens: Store) -> np.ndarray:
+    """int64 [documents]: the number of tokens of each, from a file beside the store that the first call writes."""
+    path = tokens.folder / "counts.npy"
+    if path.exists():
+        counts = np.load(path, allow_pickle=False)
+        if counts.shape == (len(tokens),):
+            return counts
+    counts = np.fromiter((len(record["ids"]) for record in tokens), np.int64, len(tokens))
+    buffer = io.BytesIO()
+    np.save(buffer, counts, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+    return counts
+
+
+class Batches:
+    """The batches of a job.
+
+    A batch is a dict of arrays; B = batch.sequences, L = max_length, S sources, K = cache.top_k:
+      ids, segment_ids, positions int32 [B, L]: documents (text tokens and EOS; BOS in front where the target was
+        trained with one), segment 0 = padding, positions restart with each document;
+      labels int32 [B, L]: the document's next token, −1 where there is none.
+    With sources also:
+      source_ids int32 [B, L, S, K] in the source's vocabulary, −1 = empty; source_logprobs float32 [B, L, S, K];
+      source_valid bool [B, L, S]: the row map has a row; source_consumed int32 [B, L, S]: bytes of that row's next
+        token that lie before this row's boundary; source_labels int32 [B, L, S]: that row's true next source token,
+        −1 = none;
+      source_ce float32 [B, L, S]: the cross-entropy that decides between sources (`deciding_ce`);
+      gold_logprobs float32 [B, L, S]: under alignment.gold_chain, the source's log-probability of the true next target
+        token's bytes; −inf where there is none.
+    """
+
+    def __init__(self, config: Config, with_sources: bool = True) -> None:
+        """Opens the stores. Raises UserError where one is missing, or was made from another text or tokenizer."""
+        self._config = config
+        self._tokenizer = Tokenizer.load(config.target.model, config.target.revision)
+        self._tokens = _tokens(config, self._tokenizer)
+        n_extra = int(self._tokenizer.adds_bos) + int(self._tokenizer.eos_id is not None)
+        counts = token_counts(self._tokens)
+        # A document without a token has nothing to teach.
+        self._lengths = np.where(counts > 0, counts + n_extra, 0)
+        self._sources = [_Source(config, source) for source in config.sources] if with_sources else []
+        self._packings: list[Packing] = []
+        self._first_sequence = [0]  # of each epoch
+        if not self._lengths.any():
+            raise UserError(f"{self._tokens.folder}: no document has any tokens, so there is nothing to train on")
+        self.steps_total: int = config.batch.steps or self._steps_of(config.batch.epochs)
+
+    def __len__(self) -> int:
+        return self.steps_total
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of all documents, EOS and BOS included, padding not."""
+        return int(self._lengths.sum())
+
+    def documents(self, step: int) -> list[np.ndarray]:
+        """The numbers of the documents in each sequence of batch `step`."""
+        n = self._config.batch.sequences
+        return [self._sequence(step * n + i) for i in range(n)]
+
+    def batch(self, step: int, rows: range | None = None) -> Arrays:
+        """Batch `step`, or only its sequences `rows`. After the last epoch's documents come empty sequences."""
+        if not 0 <= step < self.steps_total:
+            raise IndexError(f"step {step} of {self.steps_total}")
+        sequences = self.documents(step)
+        chosen = range(len(sequences)) if rows is None else rows
+        out = self._empty(len(chosen))
+        for b, sequence in enumerate(chosen):
+            at = 0
+            for segment, document in enumerate(sequences[sequence].tolist(), start=1):
+                at += self._put(out, b, at, segment, document)
+        return out
+
+    def iterate(
+        self, start: int = 0, stop: int | None = None, rows: range | None = None, ahead: int = 2
+    ) -> Iterator[tuple[int, Arrays]]:
+        """(step, batch) from `start` on; a thread makes up to `ahead` batches in advance."""
+        steps = iter(range(start, self.steps_total if stop is None else stop))
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            waiting: deque[tuple[int, Future[Arrays]]] = deque()
+            try:
+                for _ in range(ahead):
+                    _submit(pool, waiting, self, steps, rows)
+                while waiting:
+                    step, future = waiting.popleft()
+                    made = future.result()
+                    _submit(pool, waiting, self, steps, rows)
+                    yield step, made
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+
+    def _steps_of(self, epochs: int) -> int:
+        for _ in range(epochs):
+            self._pack_next()
+        return -(-self._first_sequence[epochs] // self._config.batch.sequences)
+
+    def _pack_next(self) -> None:
+        epoch = len(self._packings)
+        self._packings.append(pack(self._lengths, self._config.max_length, self._config.seed, epoch))
+        self._first_sequence.append(self._first_sequence[-1] + len(self._packings[-1]))
+
+    def _sequence(self, i: int) -> np.ndarray:
+        """Documents of sequence i, counted over all epochs; none after the last epoch."""
+        while self._first_sequence[-1] <= i:
+            if self._config.batch.steps is None and len(self._packings) == self._config.batch.epochs:
+                return np.zeros(0, np.int64)
+            self._pack_next()
+        epoch = int(np.searchsorted(self._first_sequence, i, side="right")) - 1
+        return self._packings[epoch].sequence(i - self._first_sequence[epoch])
+
+    def _empty(self, B: int) -> Arrays:
+        L, S, K = self._config.max_length, len(self._sources), self._config.cache.top_k
+        out = {name: np.zeros((B, L), np.int32) for name in ("ids", "segment_ids", "positions")}
+        out["labels"] = np.full((B, L), -1, np.int32)
+        if not S:
+            return out
+        out["source_ids"] = np.full((B, L, S, K), -1, np.int32)
+        out["source_logprobs"] = np.zeros((B, L, S, K), np.float32)
+        out["source_valid"] = np.zeros((B, L, S), bool)
+        out["source_consumed"] = np.zeros((B, L, S), np.int32)
+        out["source_labels"] = np.full((B, L, S), -1, np.int32)
+        out["source_ce"] = np.zeros((B, L, S), np.float32)
+        if self._config.alignment.gold_chain:
+            out["gold_logprobs"] = np.full((B, L, S), -np.inf, np.float32)
+        return out
+
+    def _put(self, out: Arrays, b: int, at: int, segment: int, document: int) -> int:
+        """Write a document into sequence b from position `at` on; how many positions it takes."""
+        record = self._tokens[document]
+        inputs, labels = inputs_and_labels(record["ids"], self._tokenizer)
+        n = len(inputs)
+        span = slice(at, at + n + int(self._tokenizer.eos_id is not None))
+        out["ids"][b, at : at + n] = inputs
+        out["labels"][b, at : at + n] = labels
+        if self._tokenizer.eos_id is not None:
+            out["ids"][b, at + n] = self._tokenizer.eos_id
+        out["segment_ids"][b, span] = segment
+        out["positions"][b, span] = np.arange(span.stop - span.start)
+        # The BOS row has no row of a source beside it.
+        text = slice(at + int(self._tokenizer.adds_bos), at + n)
+        for s, source in enumerate(self._sources):
+            for name, array in source.rows(document, record).items():
+                out[name][b, text, s] = array
+        return span.stop - span.start
+
+
+def _submit(
+    pool: ThreadPoolExecutor,
+    waiting: deque[tuple[int, Future[Arrays]]],
+    batches: Batches,
+    steps: Iterator[int],
+    rows: range | None,
+) -> None:
+    step = next(steps, None)
+    if step is not None:
+        waiting.append((step, pool.submit(batches.batch, step, rows)))
+
+
+def _tokens(config: Config, tokenizer: Tokenizer) -> Store:
+    return Store(config.folder / "data/train/tokens" / tokenizer.fingerprint)
+
+
+class _Source:
+    """One source's stores, and its rows brought to the target's positions."""
+
+    def __init__(self, config: Config, source: ModelConfig) -> None:
+        self._config, self.label = config, source.label
+        self._tokenizer = Tokenizer.load(source.model, source.revision)
+        self._tokens = _tokens(config, self._tokenizer)
+        self._cache = Store(config.folder / "sources" / source.label)
+        wanted = sources.inputs(config, source, self._tokenizer)
+        check_inputs(self._cache.folder, {key: self._cache.inputs.get(key) for key in wanted}, wanted)
+        self._row_maps = Store(config.folder / "alignment" / source.label)
+        self._gold = GoldChain(self._tokenizer) if config.alignment.gold_chain else None
+
+    def rows(self, document: int, target: Arrays) -> Arrays:
+        """The source_* arrays of a document, [n, ...] for the n text tokens of the target."""
+        cache, tokens = self._cache[document], self._tokens[document]
+        row_map_T2 = self._row_maps[document]["row_map"]
+        n_source = len(tokens["ids"])
+        if len(row_map_T2) != len(target["ids"]) or len(cache["ce"]) != n_source:
+            raise UserError(
+                f"{self._cache.folder}: document {document} has {len(cache['ce'])} rows for {n_source} tokens and "
+                f"{len(row_map_T2)} row map entries for {len(target['ids'])} target tokens; remove it and "
+                f"{self._row_maps.folder} to make both anew"
+            )
+        row_T, valid_T = np.maximum(row_map_T2[:, 0], 0), row_map_T2[:, 0] >= 0
+        _, labels_R = inputs_and_labels(tokens["ids"], self._tokenizer)
+        labels_R = labels_R[int(self._tokenizer.adds_bos) :]
+        fusion = self._config.fusion
+        out = {
+            "source_ids": np.where(valid_T[:, None], cache["ids"][row_T].astype(np.int32), -1),
+            "source_logprobs": cache["logprobs"][row_T].astype(np.float32),
+            "source_valid": valid_T,
+            "source_consumed": np.where(valid_T, row_map_T2[:, 1], 0),
+            "source_labels": np.where(valid_T, labels_R[row_T], -1),
+            "source_ce": deciding_ce(
+                cache["ce"],
+                tokens["boundaries"],
+                target["boundaries"],
+                has_eos=self._tokenizer.eos_id is not None,
+                level=fusion.level,
+                unit=fusion.ce_unit,
+                window=fusion.window,
+            ),
+        }
+        if self._gold is not None:
+            out["gold_logprobs"] = self._gold(
+                target["boundaries"], row_map_T2, tokens["ids"], tokens["boundaries"], cache
+            )
+        return out
+
+
+def deciding_ce(
+    ce_R: np.ndarray,
+    boundaries_R: np.ndarray,
+    target_boundaries_T: np.ndarray,
+    *,
+    has_eos: bool = True,
+    level: str = "document",
+    unit: str = "byte",
+    window: int = 16,
+) -> np.ndarray:
+    """The cross-entropy by which sources are weighed, beside each target row: float32 [T].
+
+    ce_R float32 [R], boundaries_R int32 [R] of the source, target_boundaries_T int32 [T].
+
+    level `document`: one number for the whole document. unit `byte`: the nats of the text that the source predicts,
+      over its bytes; EOS is no text. That is comparable between tokenizers. (A document that is one token of the source
+      leaves no byte to predict: then it is the CE of EOS.) unit `token`: the mean over all rows, EOS included, as in
+      FuseLLM, which favours fine tokenizers.
+    level `token`: the same over the bytes of the `window` target tokens around ((window − 1) // 2 before and
+      window // 2 after the one that the row predicts). The source's nats are spread evenly over each of its tokens'
+      bytes, so that all sources are weighed on the same text.
+    unit `aligned` is measured on the device and gets the values of `token`.
+    """
+    text_ce = ce_R[:-1].astype(np.float64)
+    n_bytes = int(boundaries_R[-1] - boundaries_R[0])
+    if unit == "byte":
+        whole = text_ce.sum() / n_bytes if n_bytes else float(ce_R[-1])
+    else:
+        whole = float(ce_R.mean(dtype=np.float64)) if has_eos else text_ce.sum() / max(len(text_ce), 1)
+    T = len(target_boundaries_T)
+    if level == "document" or T < 2:
+        return np.full(T, whole, np.float32)
+    # Rows 0 .. T − 2 predict text; the last one (EOS) takes the window at the end of the text.
+    row_T = np.minimum(np.arange(T), T - 2)
+    low_T = target_boundaries_T[np.maximum(row_T - (window - 1) // 2, 0)]
+    high_T = target_boundaries_T[np.minimum(row_T + window // 2, T - 2) + 1]
+    nats_T = _between(low_T, high_T, boundaries_R, np.concatenate([[0.0], np.cumsum(text_ce)]))
+    steps_R = np.arange(len(boundaries_R)) if unit != "byte" else boundaries_R - boundaries_R[0]
+    units_T = _between(low_T, high_T, boundaries_R, steps_R)
+    return np.where(units_T > 0, nats_T / np.where(units_T > 0, units_T, 1.0), whole).astype(np.float32)
+
+
+def _between(low_T: np.ndarray, high_T: np.ndarray, at_R: np.ndarray, total_R: np.ndarray) -> np.ndarray:
+    """How much a running total, known at `at_R` and linear in between, grows from low to high."""
+    return np.interp(high_T, at_R, total_R) - np.interp(low_T, at_R, total_R)

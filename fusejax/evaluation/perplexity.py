@@ -1,0 +1,247 @@
+"""Bits per UTF-8 byte on held-out documents: the one number that compares models with different tokenizers.
+
+For a document of tokens 1 .. n that end at bytes b_1 ≤ … ≤ b_n, with p the model's probability of a token after all
+before it:
+
+    bits = −Σ_{i=2..n} log2 p(token i)        bytes = b_n − b_1
+
+The first token is left out on both sides, because nothing stands before it that the model could predict it from. A
+model that was trained with a BOS gets one in front, and predicts the first token too: then i runs from 1, and bytes =
+b_n. EOS is no text and is not counted. Bits and bytes are summed over the documents of a domain; `average` is the mean
+over domains.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fusejax import models, sharding
+from fusejax.config import Config, ModelConfig
+from fusejax.errors import UserError
+from fusejax.progress import progress, say
+from fusejax.scoring import Scorer, check_fits, inputs_and_labels
+from fusejax.store import Store, fingerprint, write_atomically
+from fusejax.tokenizers import Tokenizer
+
+_WINDOW = 1024  # documents that are sorted by length together
+
+
+@dataclass
+class DomainSums:
+    """What was counted in one domain; sums in double precision."""
+
+    nats: float = 0.0
+    bytes: int = 0
+    tokens: int = 0
+    documents: int = 0
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / np.log(2) / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean cross-entropy per token; not comparable between tokenizers."""
+        return float(np.exp(self.nats / self.tokens))
+
+
+def measure(
+    model: Any,
+    tokenizer: Tokenizer,
+    documents: Iterable[dict[str, Any]],
+    tokens: Iterable[dict[str, Any]],
+    *,
+    max_length: int,
+    batch_tokens: int = 8192,
+    mesh: Mesh | None = None,
+    name: str = "model",
+) -> dict[str, DomainSums]:
+    """The sums of every domain, in the order of their first documents.
+
+    model: a Decoder. documents: records with "id" and "domain"; tokens: records with "ids" int32 [n] and "boundaries"
+    int32 [n] made by `tokenizer`, in the same order (two stores, or lists); each fits `max_length` with BOS and EOS.
+    name: how messages call the model. Raises UserError where the tokenizer does not fit the model, where a value is not
+    a number, and where a domain has nothing that can be predicted.
+    """
+    check_fits(tokenizer, model.config.vocab_size, name)
+    scorer = Scorer(
+        model,
+        k=0,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        mesh=sharding.make_mesh() if mesh is None else mesh,
+    )
+    sums: dict[str, DomainSums] = {}
+    window: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    total = len(documents) if isinstance(documents, Sized) else 0
+    started, n_tokens = time.monotonic(), 0
+    with progress(f"evaluate {name}", total) as bar:
+
+        def flush() -> None:
+            nonlocal n_tokens
+            for record, text, ce in _cross_entropies(scorer, tokenizer, window, name):
+                _add(sums, tokenizer, record, text, ce, name)
+                n_tokens += len(ce)
+                bar.advance(1, f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
+            window.clear()
+
+        for pair in zip(documents, tokens, strict=True):
+            sums.setdefault(pair[0]["domain"], DomainSums())
+            window.append(pair)
+            if len(window) == _WINDOW:
+                flush()
+        flush()
+    for domain, counted in sums.items():
+        if not counted.bytes:
+            raise UserError(f"held-out domain {domain!r}: none of its documents is longer than one token of {name}")
+    return sums
+
+
+def bits_per_byte(
+    model: Any,
+    tokenizer: Tokenizer,
+    documents: Iterable[dict[str, Any]],
+    tokens: Iterable[dict[str, Any]],
+    **options: Any,
+) -> dict[str, float]:
+    """{domain: bits per byte, ..., "average": mean over domains}; arguments and errors of `measure`."""
+    sums = measure(model, tokenizer, documents, tokens, **options)
+    return with_average({domain: s.bits_per_byte for domain, s in sums.items()})
+
+
+def with_average(values: dict[str, float]) -> dict[str, float]:
+    """`values` and, under "average", their mean: every domain counts alike, however much text it has."""
+    return {**values, "average": float(np.mean(list(values.values())))}
+
+
+def _cross_entropies(
+    scorer: Scorer, tokenizer: Tokenizer, window: list[tuple[dict[str, Any], dict[str, Any]]], name: str
+) -> Iterable[tuple[dict[str, Any], dict[str, Any], np.ndarray]]:
+    """(document, tokens, CE of every predicted token in nats) of each document, in the order of the window.
+
+    Sums are rounded, so they are taken in an order that does not depend on how documents shared batches.
+    """
+    lines = [inputs_and_labels(text["ids"], tokenizer) for _, text in window]
+    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(window)
+    for places, scores in scorer([line[0] for line in lines], [line[1] for line in lines]):
+        for place, document in zip(places, scores, strict=True):
+            found[place] = document.ce[:-1]  # the last label is EOS
+    for (record, text), ce in zip(window, found, strict=True):
+        yield record, text, ce
+
+
+def _add(
+    sums: dict[str, DomainSums],
+    tokenizer: Tokenizer,
+    record: dict[str, Any],
+    text: dict[str, Any],
+    ce: np.ndarray,
+    name: str,
+) -> None:
+    nats = float(ce.sum(dtype=np.float64))
+    if not np.isfinite(nats):
+        raise UserError(
+            f"{name}: gives values that are not numbers on held-out document {record['id']}; its weights are damaged, "
+            "or precision.compute should be float32"
+        )
+    first = 0 if tokenizer.adds_bos or not len(text["boundaries"]) else int(text["boundaries"][0])
+    end = int(text["boundaries"][-1]) if len(text["boundaries"]) else 0
+    domain = sums[record["domain"]]
+    domain.nats += nats
+    domain.bytes += end - first
+    domain.tokens += len(ce)
+    domain.documents += 1
+
+
+def run(config: Config) -> None:
+    """The stage `evaluate`: evaluation/<name>.json for the target as it was, every source, and what was trained so far.
+
+    A result whose inputs still hold is kept. Raises UserError where the held-out documents are missing.
+    """
+    if config.evaluation.corpus is None:
+        say("evaluate: no evaluation.corpus in the configuration, so there is nothing to evaluate on")
+        return
+    known: dict[str, dict[str, Any]] = {}
+    for name, model in _models(config).items():
+        evaluate(config, name, model, known)
+
+
+def _models(config: Config) -> dict[str, ModelConfig]:
+    """Every model that there is to evaluate, by the name that reports give it."""
+    found = {"target": config.target, **{source.label: source for source in config.sources}}
+    for name, folder in (("clm", config.folder / "clm" / "export"), ("fused", config.folder / "export")):
+        if folder.is_dir():
+            found[name] = ModelConfig(model=str(folder))
+    return found
+
+
+def evaluate(
+    config: Config, name: str, model: ModelConfig, known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """One model's results, from evaluation/<name>.json where that was made from the same inputs.
+
+    known: results by the fingerprint of their inputs; the target that is also a source is evaluated once.
+    """
+    known = {} if known is None else known
+    heldout = config.folder / "data/heldout"
+    tokenizer = Tokenizer.load(model.model, model.revision)
+    documents = Store(heldout / "documents")
+    inputs = {
+        "model": models.fingerprint(model.model, model.revision),
+        "tokenizer": tokenizer.fingerprint,
+        "text": fingerprint(documents.inputs),
+        "max_length": config.max_length,
+        "compute": config.precision.compute,
+    }
+    path = config.folder / "evaluation" / f"{name}.json"
+    before = _read(path)
+    if before is not None and before.get("inputs") == inputs:
+        say(f"evaluate {name}: done before, skipped")
+        known[fingerprint(inputs)] = before
+        return before
+    result = known.get(fingerprint(inputs))
+    if result is None:
+        mesh = sharding.make_mesh(config.mesh)
+        compute = jnp.dtype(config.precision.compute)
+        decoder = models.load(model.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=model.revision)
+        sums = measure(
+            decoder,
+            tokenizer,
+            documents,
+            Store(heldout / "tokens" / tokenizer.fingerprint),
+            max_length=config.max_length,
+            batch_tokens=config.evaluation.batch_tokens,
+            mesh=mesh,
+            name=name,
+        )
+        result = known[fingerprint(inputs)] = _result(inputs, sums)
+    write_atomically(path, json.dumps({"name": name, "path": model.model, **result}, indent=1))
+    return result
+
+
+def _result(inputs: dict[str, Any], sums: dict[str, DomainSums]) -> dict[str, Any]:
+    return {
+        "inputs": inputs,
+        "bits_per_byte": with_average({domain: s.bits_per_byte for domain, s in sums.items()}),
+        "perplexity": with_average({domain: s.perplexity for domain, s in sums.items()}),
+        "counts": {
+            domain: {"nats": s.nats, "bytes": s.bytes, "tokens": s.tokens, "documents": s.documents}
+            for domain, s in sums.items()
+        },
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """An earlier result; None where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

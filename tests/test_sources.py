@@ -1,0 +1,137 @@
+import shutil
+
+import numpy as np
+import pytest
+from conftest import MAX_LENGTH, TEXTS
+from flax import nnx
+
+from fusejax import models, sources
+from fusejax.errors import UserError
+from fusejax.scoring import inputs_and_labels
+from fusejax.store import Store, StoreWriter
+from fusejax.tokenizers import Tokenizer
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of 3 documents, so that a few documents make several."""
+    monkeypatch.setattr(sources, "_shard_records", lambda tokens, max_length: 3)
+
+
+def make_dense(folder, k):
+    """ids of a document → (ids, log-probabilities, ce) from the model's logits, float64; the BOS row left out."""
+    tokenizer, model = Tokenizer.load(folder), models.load(folder)
+    logits_of = nnx.jit(lambda model, ids: model(ids))
+    front = int(tokenizer.adds_bos)
+
+    def dense(ids):
+        inputs, labels = inputs_and_labels(ids, tokenizer)
+        padded = np.zeros((1, MAX_LENGTH), np.int32)
+        padded[0, : len(inputs)] = inputs
+        logits = np.asarray(logits_of(model, padded), np.float64)[0, : len(inputs), : tokenizer.vocab_size]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        order = np.argsort(-logprobs, axis=-1, kind="stable")[:, :k]
+        ce = -logprobs[np.arange(len(labels)), labels]
+        return order[front:], np.take_along_axis(logprobs, order, 1)[front:], ce[front:]
+
+    return dense
+
+
+def test_records_are_the_models_distributions(make_job, tiny_models):
+    job = make_job()
+    sources.run(job)
+    for label, folder in tiny_models.items():
+        cache = Store(job.folder / "sources" / label)
+        tokens = Store(job.folder / "data/train/tokens" / Tokenizer.load(folder).fingerprint)
+        assert len(cache) == len(tokens) == sum(map(len, TEXTS.values()))
+        dense = make_dense(folder, 5)
+        for i in range(len(cache)):
+            ids, logprobs, ce = dense(tokens[i]["ids"])
+            record = cache[i]
+            assert [record[name].dtype for name in ("ids", "logprobs", "ce")] == [np.uint16, np.float16, np.float32]
+            np.testing.assert_array_equal(record["ids"], ids)
+            np.testing.assert_allclose(record["logprobs"], logprobs, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(record["ce"], ce, atol=1e-4)
+            assert (np.diff(record["logprobs"], axis=1) <= 0).all()
+            assert (record["logprobs"] <= 0).all()
+
+
+def test_values_do_not_depend_on_the_batch(make_job):
+    small = make_job("small", cache={"top_k": 5, "batch_tokens": 1, "values": "float32"})
+    large = make_job("large", cache={"top_k": 5, "batch_tokens": 4096, "values": "float32"})
+    sources.run(small)
+    sources.run(large)
+    for label in ("coarse", "fine"):
+        for a, b in zip(Store(small.folder / "sources" / label), Store(large.folder / "sources" / label), strict=True):
+            np.testing.assert_array_equal(a["ids"], b["ids"])
+            np.testing.assert_allclose(a["logprobs"], b["logprobs"], atol=1e-5)
+            np.testing.assert_allclose(a["ce"], b["ce"], atol=1e-5)
+
+
+def test_goes_on_after_a_kill_and_ends_the_same(make_job, monkeypatch, small_shards):
+    whole, cut = make_job("whole"), make_job("cut")
+    sources.run(whole)
+
+    class Killed(BaseException):
+        pass
+
+    real, written = StoreWriter.write, []
+
+    def write(self, shard, records):
+        if len(written) == 2:
+            raise Killed
+        written.append(shard)
+        real(self, shard, records)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write", write)
+        with pytest.raises(Killed):
+            sources.run(cut)
+    assert written == [0, 1]
+    paths = [cut.folder / f"sources/coarse/{shard:06d}.array_record" for shard in written]
+    untouched = [path.stat().st_mtime_ns for path in paths]
+    sources.run(cut)
+    assert [path.stat().st_mtime_ns for path in paths] == untouched
+    for label in ("coarse", "fine"):
+        a, b = (Store(job.folder / "sources" / label) for job in (whole, cut))
+        assert a.summary == b.summary
+        for left, right in zip(a, b, strict=True):
+            for name in left:
+                np.testing.assert_array_equal(left[name], right[name])
+
+
+def test_a_finished_cache_is_not_made_again(make_job, monkeypatch, capsys):
+    job = make_job()
+    sources.run(job)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded a model"))
+    sources.run(job)
+    assert "source fine: done before, skipped" in capsys.readouterr().out
+
+
+def test_another_text_or_setting_is_named(make_job):
+    sources.run(make_job())
+    with pytest.raises(UserError, match="was made with another top_k"):
+        sources.run(make_job(cache={"top_k": 4}))
+    job = make_job()
+    shutil.rmtree(job.folder / "data")
+    with pytest.raises(UserError, match="was made with another text"):
+        sources.run(make_job(texts={"prose": TEXTS["prose"][:3]}))
+
+
+def test_more_entries_than_tokens_are_refused(make_job):
+    with pytest.raises(UserError, match=r"cache\.top_k: 300 is more than the 280 tokens"):
+        sources.run(make_job(sources=[make_job().sources[1].model_dump()], cache={"top_k": 300}))
+
+
+def test_values_that_are_no_numbers_are_reported(make_job, tiny_models, monkeypatch):
+    real, bad = models.load, Tokenizer.load(tiny_models["coarse"]).encode("class")[0][0]
+
+    def load(*arguments, **options):
+        model = real(*arguments, **options)
+        model.embedding[...] = model.embedding[...].at[bad].set(np.nan)
+        return model
+
+    monkeypatch.setattr(models, "load", load)
+    with pytest.raises(UserError, match=r"coarse: gives values that are not numbers on \d+ of 11 documents") as error:
+        sources.run(make_job())
+    assert "document10" in str(error.value)
