@@ -24,6 +24,9 @@ MAX_SHARD_BYTES = 5 * 10**9
 # The dtype's older key, code of the hub's that the class in transformers replaces, and where the model came from.
 _DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
 
+_REPLACED = ("config.json", "generation_config.json", *files.TOKENIZER_FILES)
+_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)")
+
 
 def save(
     model: Decoder,
@@ -36,8 +39,8 @@ def save(
     """Write `model` so that transformers' AutoModelForCausalLM and `fusejax.load` read it.
 
     hf_config: the config.json that the model came from (or `models.hf_config`). tokenizer_from: the model whose
-    tokenizer and generation configuration go along. The folder appears whole or not at all; one that is there
-    is replaced. Above `max_shard_bytes` the weights are split, with an index. Returns the folder.
+    tokenizer and generation configuration go along. The folder appears whole or not at all, and takes the
+    place of a model that is there. Above `max_shard_bytes` the weights are split, with an index. Returns the folder.
     """
     family = families.find(hf_config, "hf_config")
     if families.decoder_config(hf_config, "hf_config") != model.config:
@@ -100,12 +103,15 @@ def _save_file(tensors: dict[str, Any], path: Path) -> None:
 
 
 def _replace(folder: Path, temporary: Path) -> None:
-    """Rename `temporary` to `folder`; what was there is deleted only after that."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
+    """Rename `temporary` to `folder`; the model that was there is deleted after that, anything else stays."""
+    if not folder.exists():
         os.rename(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, folder)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    os.rename(temporary, folder)
+    for entry in old.iterdir():
+        if entry.name not in _REPLACED and not _WEIGHTS.fullmatch(entry.name):
+            os.rename(entry, folder / entry.name)
+    shutil.rmtree(old)

@@ -311,8 +311,13 @@ def _mpt_tensors(c: DecoderConfig) -> Iterator[Tensor]:
 
 
 def _mpt_beyond_transformers(c: DecoderConfig) -> list[str]:
-    """MptForCausalLM has no biases, no norms of queries and keys, and an MLP four times as wide."""
-    found = {"no_bias: false": c.qkv_bias, "qk_ln: true": c.qk_norm, "expansion_ratio": c.d_mlp != 4 * c.d_model}
+    """MptForCausalLM has no biases, no norms of queries and keys, and one width of MLP and range of slopes."""
+    found = {
+        "no_bias: false": c.qkv_bias,
+        "attn_config.qk_ln: true": c.qk_norm,
+        "attn_config.alibi_bias_max": c.alibi_bias_max != 8,
+        "expansion_ratio": c.d_mlp != 4 * c.d_model,
+    }
     return [key for key, present in found.items() if present]
 
 
