@@ -198,9 +198,9 @@ def batch_loss(
     hidden_BLD = model.hidden(batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
     labels_BL = batch["labels"]
     values: dict[str, jax.Array] = {}
-    block = loss.block_tokens(model.config.vocab_size, config.mesh.data * config.mesh.fsdp)
+    shards = config.mesh.data * config.mesh.fsdp
     if not tables:
-        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, block=block)
+        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, batch_shards=shards)
     else:
         fused = fuse_batch(config, batch, tables, model.config.vocab_size)
         rows = fusion.fusion_sums(fused, labels_BL >= 0)
@@ -216,7 +216,7 @@ def batch_loss(
             kind=config.loss.kind,
             temperature=config.loss.temperature,
             tail=config.loss.tail,
-            block=block,
+            batch_shards=shards,
         )
     count = jnp.maximum(sums.count, 1.0)
     values |= {"loss": sums.total / count, "clm_loss": sums.clm / count, "tokens": sums.count}

@@ -302,8 +302,7 @@ def batch_example(seed=0, B=2, L=6):
     }
 
 
-@pytest.mark.parametrize("kind", ["min_ce", "avg_ce"])
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("kind", "aligned"), [("min_ce", True), ("avg_ce", False)])
 def test_fuse_sources_is_its_parts(kind, aligned):
     tables, batch = batch_example()
     ce = None if aligned else np.random.default_rng(1).random((2, 6, S)).astype(np.float32)
@@ -311,7 +310,7 @@ def test_fuse_sources_is_its_parts(kind, aligned):
         batch, ce
     )
     rows = [
-        fusion.map_rows(
+        jax.jit(fusion.map_rows)(
             batch["source_ids"][:, :, s],
             batch["source_logprobs"][:, :, s],
             batch["source_valid"][:, :, s],
