@@ -34,7 +34,7 @@ def split_text(text: str, tokenizers: Sequence[Tokenizer], max_tokens: int) -> l
             continue
         parts.append(piece[:end])
         start += end
-        window = max(64, end + end // 2)
+        window = max(64, end + end // 3)
     return parts
 
 

@@ -6,7 +6,7 @@ The *boundary* of a token is the byte offset in the text's UTF-8 where the token
 import json
 import weakref
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from fusejax.errors import UserError
 from fusejax.store import fingerprint
 
 _ROLES = ("bos", "eos", "pad", "unk")
-_SURROGATE = "text holds half a surrogate pair, which UTF-8 cannot hold"
 
 
 class Tokenizer:
@@ -28,31 +27,30 @@ class Tokenizer:
     roles: {"bos" | "eos" | "pad" | "unk": id}, for those that exist. adds_bos: whether it puts BOS before a text.
     canonical_bytes: per id the bytes of text that it stands for; None for special tokens and unused ids.
 
-    hf: a tokenizer of transformers. split_special: whether '</s>' written in a text is text (True, right for
-    documents) or the special token.
+    hf: a tokenizer of transformers; its backend is changed, unless `copy`. split_special: whether '</s>' written in a
+    text is text (True, right for documents) or the special token.
     """
 
-    def __init__(self, hf: Any, name: str = "", split_special: bool = True) -> None:
+    def __init__(self, hf: Any, name: str = "", split_special: bool = True, copy: bool = True) -> None:
         backend = getattr(hf, "backend_tokenizer", None)
         self.name = name or getattr(hf, "name_or_path", "") or type(hf).__name__
         if backend is None:
             raise UserError(f"{self.name}: its tokenizer has no fast form; save it with a tokenizer.json")
-        spec = json.loads(backend.to_str())
+        serialized = backend.to_str()
+        spec = json.loads(serialized)
         if spec["model"].get("dropout"):
             raise UserError(f"{self.name}: its tokenizer drops merges at random (model.dropout); set that to null")
         ids = {role: getattr(hf, f"{role}_token_id", None) for role in _ROLES}
         self.roles: dict[str, int] = {role: i for role, i in ids.items() if isinstance(i, int)}
-        self._spec = dict(spec, truncation=None, padding=None)
-        self._backend = _backend(self._spec, split_special)
+        self.adds_bos = "bos" in self.roles and _puts_bos(hf, self.roles["bos"])
+        self._spec: dict[str, Any] = spec
+        self._backend = _backend(serialized if copy else backend, split_special)
         specials = canonical.special_ids(self._spec, {*self.roles.values(), *hf.all_special_ids})
         self.canonical_bytes: list[bytes | None] = canonical.canonical_bytes(self._spec, specials)
         self.vocab_size = len(self.canonical_bytes)
-        self.adds_bos = "bos" in self.roles and _puts_bos(hf, self.roles["bos"])
-        described = {key: self._spec[key] for key in ("model", "normalizer", "pre_tokenizer", "decoder")}
-        added = [[token["id"], token["content"], token["special"]] for token in spec["added_tokens"]]
-        self.fingerprint: str = fingerprint(
-            [described, added, self.roles, self.adds_bos, sorted(specials), split_special]
-        )
+        described = [spec[key] for key in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")]
+        described += [self.roles, self.adds_bos, sorted(specials), split_special]
+        self.fingerprint: str = fingerprint(json.dumps(described, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         self._bytes = np.array([c or b"" for c in self.canonical_bytes], object)
         self.lengths = np.array([len(c or b"") for c in self.canonical_bytes], np.int32)
         """int32[vocab_size]: how many bytes each token stands for; 0 for special tokens."""
@@ -60,7 +58,7 @@ class Tokenizer:
     @classmethod
     def load(cls, model: str, revision: str | None = None) -> "Tokenizer":
         """The tokenizer of a local folder or a hub name; UserError where there is none or the hub is out of reach."""
-        return cls(_load(model, revision), name=model)
+        return _loaded(model, revision, _files(model))
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokenizer":
@@ -98,13 +96,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """`encode` of each text; the texts are spread over the machine's cores."""
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            utf8 = [text.encode("utf-8") for text in texts]
         except UnicodeEncodeError:
-            raise UserError(f"{self.name}: a {_SURROGATE}") from None
+            raise UserError(f"{self.name}: a text holds half a surrogate pair, which UTF-8 cannot hold") from None
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         result = []
-        for text, encoding in zip(texts, encodings, strict=True):
+        for text, data, encoding in zip(texts, utf8, encodings, strict=True):
             ids = np.array(encoding.ids, np.int32)
-            data = text.encode("utf-8")
             boundaries = self._boundaries(ids, data)
             if boundaries is None:
                 slow = self._backend.encode(text, add_special_tokens=False)
@@ -159,6 +157,9 @@ class Tokenizer:
             while last + 1 < n and starts[last + 1] < ends[last]:
                 last += 1
             at = max(at, ends[last])
+            if last + 1 < n and at < starts[last + 1]:
+                # What lies before the next token but for white space was taken in by this one (a composed accent).
+                at += len(data[at : starts[last + 1]].rstrip())
             result[t : last + 1] = at
             t = last + 1
         result[-1] = len(data)  # what the tokenizer dropped at the end belongs to its last token
@@ -166,7 +167,7 @@ class Tokenizer:
 
     @cached_property
     def _mid_text(self) -> Any:
-        return _backend(canonical.mid_text(self._spec), split_special=True)
+        return _backend(json.dumps(canonical.mid_text(self._spec)), split_special=True)
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
@@ -243,12 +244,29 @@ def for_config(config: Config) -> dict[str, Tokenizer]:
 _wrapped: "weakref.WeakKeyDictionary[Any, tuple[int, Tokenizer]]" = weakref.WeakKeyDictionary()
 
 
-def _backend(spec: dict[str, Any], split_special: bool) -> Any:
+def _backend(made_from: Any, split_special: bool) -> Any:
+    """A backend, from its serialized form or as it is, that encodes all of a text."""
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_str(json.dumps(spec))
+    backend = Backend.from_str(made_from) if isinstance(made_from, str) else made_from
+    backend.no_truncation()
+    backend.no_padding()
     backend.encode_special_tokens = split_special
     return backend
+
+
+def _files(model: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a local folder's small files: a changed tokenizer is loaded anew."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return ()
+    found = [(file.name, file.stat()) for file in folder.iterdir() if file.suffix in (".json", ".model", ".txt")]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+
+
+@lru_cache(maxsize=16)  # every stage asks for the same few
+def _loaded(model: str, revision: str | None, files: tuple[tuple[str, int, int], ...]) -> Tokenizer:
+    return Tokenizer(_load(model, revision), name=model, copy=False)
 
 
 def _puts_bos(hf: Any, bos_id: int) -> bool:
