@@ -101,6 +101,9 @@ def match(folder: Path, family: Family, config: DecoderConfig) -> Views:
             raise UserError(
                 f"{found.file}: tensor {names[0]} has shape {list(found.shape)}, config.json makes it {list(wanted)}"
             )
+        if found.dtype is None:
+            kinds = ", ".join(files.DTYPES)
+            raise UserError(f"{found.file}: tensor {names[0]} is stored as {found.stored_as}; supported: {kinds}")
         known.add(names[0])
         for copy in tensor.copies:
             if copy in stored:
@@ -129,7 +132,7 @@ def load_params(model: Decoder, folder: Path, family: Family, mesh: Any, dtype: 
     holds one parameter's shard at a time. Without a mesh the parameters go to the default device.
     """
     views, shapes = match(folder, family, model.config), param_shapes(model.config)
-    size = sum(math.prod(shape) for shape in shapes.values()) * model.config.n_layers * np.dtype(dtype).itemsize
+    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1])) * jnp.dtype(dtype).itemsize
     if size < _SHOW_PROGRESS_ABOVE:
         return fill(model, lambda path, variable: _place(views, shapes, path, variable, mesh, dtype))
     with progress(f"load {folder.name}", total=len(shapes)) as bar:

@@ -28,16 +28,21 @@ _SMALL_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]
 _SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _TORCH = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _HASHED_WHOLE = 256 << 20  # bytes; larger weight files are hashed by samples
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; `read()` gives its numpy array, mapped rather than copied."""
+    """A tensor in a file; `read()` gives its numpy array, mapped rather than copied.
+
+    `dtype` is None where it is none that parameters have, and then it cannot be read; `stored_as` names it.
+    """
 
     file: Path
     shape: tuple[int, ...]
+    dtype: Any
+    stored_as: str
     read: Callable[[], np.ndarray]
 
 
@@ -160,15 +165,13 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); copy or download it again") from None
 
-    def stored(name: str, entry: dict[str, Any]) -> StoredTensor:
+    def stored(entry: dict[str, Any]) -> StoredTensor:
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            kinds = ", ".join(_DTYPES)
-            raise UserError(f"{path}: tensor {name} is stored as {entry['dtype']}; supported: {kinds}")
-        dtype = _DTYPES[entry["dtype"]]
-        return StoredTensor(path, shape, lambda: np.frombuffer(data[begin:end], dtype).reshape(shape))
+        dtype = DTYPES.get(entry["dtype"])
+        read = lambda: np.frombuffer(data[begin:end], dtype).reshape(shape)  # noqa: E731
+        return StoredTensor(path, shape, dtype, entry["dtype"], read)
 
-    return {name: stored(name, entry) for name, entry in header.items() if name != "__metadata__"}
+    return {name: stored(entry) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _torch(path: Path) -> dict[str, StoredTensor]:
@@ -190,12 +193,18 @@ def _torch(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
         raise UserError(f"{path}: should hold tensors by name, as save_pretrained writes them")
 
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
     def read(value: Any) -> np.ndarray:
         if value.dtype == torch.bfloat16:
-            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return value.numpy()
+            return value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.detach().numpy()
 
-    return {name: StoredTensor(path, tuple(value.shape), partial(read, value)) for name, value in values.items()}
+    def stored(value: Any) -> StoredTensor:
+        kind = names.get(value.dtype, str(value.dtype))
+        return StoredTensor(path, tuple(value.shape), DTYPES.get(kind), kind, partial(read, value))
+
+    return {name: stored(value) for name, value in values.items()}
 
 
 def weights_fingerprint(folder: Path) -> str:

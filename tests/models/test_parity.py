@@ -136,4 +136,3 @@ def test_logits_equal_torch(case, tmp_path):
     check(logits[2, 7:], torch_logits(reference, ids[2], segments[2])[7:])
     check(logits[3, :9], torch_logits(reference, ids[3, :9]))
     check(logits[3, 9:], torch_logits(reference, ids[3, 9:]))
-

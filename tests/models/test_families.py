@@ -1,0 +1,120 @@
+import dataclasses
+
+import pytest
+
+from fusejax import models
+from fusejax.errors import UserError
+
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=50, hidden_size=8, intermediate_size=12,
+    num_hidden_layers=1, num_attention_heads=2,
+)  # fmt: skip
+MPT = dict(architectures=["MPTForCausalLM"], model_type="mpt", vocab_size=50, d_model=8, n_heads=2, n_layers=1)
+NEOX = dict(
+    architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", vocab_size=50, hidden_size=8, intermediate_size=12,
+    num_hidden_layers=1, num_attention_heads=2, rotary_pct=0.5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        LLAMA,
+        LLAMA | dict(num_key_value_heads=1, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=6),
+        LLAMA | dict(rope_parameters=dict(rope_type="default", rope_theta=5e5), hidden_act="gelu", rms_norm_eps=1e-5),
+        MPT,
+        MPT | dict(no_bias=False, expansion_ratio=3, attn_config=dict(qk_ln=True, clip_qkv=6.0, softmax_scale=0.2)),
+        NEOX,
+        NEOX | dict(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True, hidden_act="gelu_new"),
+    ],
+)
+def test_round_trip(values):
+    config = models.decoder_config(values)
+    assert models.decoder_config(models.hf_config(config, values["model_type"])) == config
+
+
+def test_published_configurations():
+    open_llama = models.decoder_config(
+        dict(
+            architectures=["LlamaForCausalLM"], hidden_act="silu", hidden_size=4096, intermediate_size=11008,
+            max_position_embeddings=2048, model_type="llama", num_attention_heads=32, num_hidden_layers=32,
+            rms_norm_eps=1e-6, tie_word_embeddings=False, torch_dtype="float16", vocab_size=32000,
+        )
+    )  # fmt: skip
+    assert models.count_parameters(open_llama) == 6_738_415_616
+    mpt = models.decoder_config(
+        dict(
+            architectures=["MPTForCausalLM"], model_type="mpt", d_model=4096, n_heads=32, n_layers=32, no_bias=True,
+            norm_type="low_precision_layernorm", learned_pos_emb=True, logit_scale=None, vocab_size=50432,
+            expansion_ratio=4, embedding_fraction=1.0, max_seq_len=2048,
+            attn_config=dict(alibi=True, alibi_bias_max=8, attn_impl="torch", attn_type="multihead_attention",
+                             clip_qkv=None, prefix_lm=False, qk_ln=False, softmax_scale=None),
+        )
+    )  # fmt: skip
+    assert models.count_parameters(mpt) == 6_649_286_656
+    pythia = models.decoder_config(
+        dict(
+            architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", hidden_act="gelu", hidden_size=512,
+            intermediate_size=2048, num_attention_heads=8, num_hidden_layers=6, rotary_emb_base=10000, rotary_pct=0.25,
+            rope_scaling=None, tie_word_embeddings=False, use_parallel_residual=True, vocab_size=50304,
+        )
+    )  # fmt: skip
+    assert models.count_parameters(pythia) == 70_426_624
+    assert pythia.rotary_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            LLAMA | dict(architectures=["XForCausalLM"]),
+            "c.json: architecture XForCausalLM is not supported; supported: Ll",
+        ),
+        (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "architecture LlamaForSequenceClassification"),
+        (
+            dict(model_type="x"),
+            "model_type 'x' is not supported; supported: LlamaForCausalLM, MptForCausalLM, GPTNeoXFo",
+        ),
+        (LLAMA | dict(rope_scaling=dict(type="linear", factor=2.0)), "c.json: rope_scaling: type: 'linear' is not"),
+        (LLAMA | dict(rope_scaling=dict(rope_type="llama3")), "rope_scaling: rope_type: 'llama3' is not supported"),
+        (LLAMA | dict(rope_parameters=dict(rope_type="yarn")), "rope_parameters: rope_type: 'yarn' is not supported"),
+        (LLAMA | dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor: 0.5 is not"),
+        (LLAMA | dict(rope_parameters=dict(full_attention={})), "rope_parameters: full_attention: {} is not"),
+        (LLAMA | dict(hidden_act="quick_gelu"), "hidden_act: 'quick_gelu' is not supported; supported: silu"),
+        (LLAMA | dict(num_key_value_heads=3), "num_key_value_heads: 3 is not supported .* a divisor of"),
+        (LLAMA | dict(num_attention_heads=3), "a width of 8 does not divide into 3 attention heads"),
+        (LLAMA | dict(hidden_size="8"), "hidden_size: '8' should be a whole number above 0"),
+        (LLAMA | dict(hidden_size=None), "the key hidden_size is missing"),
+        (LLAMA | dict(attention_bias=1), "attention_bias: 1 should be true or false"),
+        (LLAMA | dict(rms_norm_eps="small"), "rms_norm_eps: 'small' should be a number"),
+        (LLAMA | dict(rope_parameters=3), "rope_parameters: 3 should be a section"),
+        (LLAMA | dict(quantization_config=dict(bits=4)), "quantization_config: .* is not supported"),
+        (MPT | dict(attn_config=dict(alibi=False)), "attn_config: alibi: False is not supported for MptForCausalLM"),
+        (MPT | dict(attn_config=dict(attn_type="multiquery_attention")), "attn_type: 'multiquery_attention' is not"),
+        (MPT | dict(attn_config=dict(prefix_lm=True)), "prefix_lm: True is not"),
+        (MPT | dict(norm_type="rmsnorm"), "norm_type: 'rmsnorm' is not"),
+        (MPT | dict(logit_scale="inv_sqrt_d_model"), "logit_scale: 'inv_sqrt_d_model' is not .* supported: null"),
+        (MPT | dict(tie_word_embeddings=False), "tie_word_embeddings: False is not"),
+        (MPT | dict(ffn_config=dict(ffn_type="mptglu")), "ffn_config: .*mptglu.* supported: mptmlp"),
+        (NEOX | dict(rotary_pct=0.3), "rotary_pct: 0.3 is not .* an even number of each head's 4 features"),
+    ],
+)
+def test_refused_by_key_and_value(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        models.decoder_config(values, "c.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_family_cannot_express_another():
+    llama = models.decoder_config(LLAMA)
+    with pytest.raises(UserError, match="MptForCausalLM's configuration: tie_word_embeddings: False is not supported"):
+        models.hf_config(llama, "mpt")
+    with pytest.raises(UserError, match="norm: LlamaForCausalLM cannot express 'layer'"):
+        models.hf_config(dataclasses.replace(llama, parallel_residual=True, norm="layer"), "llama")
+
+
+def test_tokenizer_must_fit():
+    config = models.decoder_config(LLAMA)
+    models.check_tokenizer(50, config, "here")
+    with pytest.raises(UserError, match="here: the tokenizer has 51 ids, the model only 50 rows"):
+        models.check_tokenizer(51, config, "here")

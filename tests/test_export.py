@@ -1,0 +1,142 @@
+import json
+import os
+import stat
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from fusejax import export, models
+from fusejax.errors import UserError
+
+CONFIGS = {
+    "llama": dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=30, hidden_size=16, intermediate_size=20,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, attention_bias=True, initializer_range=0.4,
+    ),
+    "mpt": dict(
+        architectures=["MPTForCausalLM"], model_type="mpt", vocab_size=30, d_model=16, n_heads=2, n_layers=2,
+        initializer_range=0.4, auto_map={"AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM"},
+    ),
+    "gpt_neox": dict(
+        architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", vocab_size=30, hidden_size=16,
+        intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, rotary_pct=0.5, initializer_range=0.4,
+        torch_dtype="float16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_load_then_export_gives_equal_bits(family, dtype, tmp_path):
+    values = CONFIGS[family]
+    export.save(models.init(models.decoder_config(values), 0), values, tmp_path / "a", dtype=dtype)
+    model, (loaded, _) = models.load(tmp_path / "a"), models.read_config(tmp_path / "a")
+    export.save(model, loaded, tmp_path / "b", dtype=dtype)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == (np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
+        assert tensor.tobytes() == other[name].tobytes()
+    assert loaded["dtype"] == dtype
+    assert not {"torch_dtype", "auto_map"} & loaded.keys()
+    with safe_open(tmp_path / "a" / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_transformers_gives_the_same_logits(family, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    values = CONFIGS[family]
+    model = models.init(models.decoder_config(values), 0)
+    export.save(model, values, tmp_path / "model", max_shard_bytes=3000)
+    reference, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ids = np.random.default_rng(0).integers(0, 30, (2, 12))
+    with torch.no_grad():
+        wanted = reference(torch.tensor(ids)).logits.numpy()
+    assert np.abs(wanted).max() > 0.5
+    np.testing.assert_allclose(jax.jit(lambda ids: model(ids))(ids), wanted, rtol=0, atol=1e-4)
+
+
+def save_llama(folder, seed=0, **options):
+    values = CONFIGS["llama"]
+    return export.save(models.init(models.decoder_config(values), seed), values, folder, **options)
+
+
+def test_shards_have_an_index_and_stay_below_the_limit(tmp_path):
+    folder = save_llama(tmp_path / "model", max_shard_bytes=3000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert sum(sizes) == index["metadata"]["total_size"]
+    assert max(sizes) <= 3000
+
+
+def test_tokenizer_and_generation_config_go_along(tmp_path):
+    (tmp_path / "from").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "notes.txt"):
+        (tmp_path / "from" / name).write_text(f"{{}} {name}")
+    folder = save_llama(tmp_path / "model", tokenizer_from=tmp_path / "from")
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    }  # fmt: skip
+    assert (folder / "tokenizer.json").read_text() == "{} tokenizer.json"
+
+
+def test_takes_the_place_of_a_model_and_of_nothing_else(tmp_path):
+    folder = save_llama(tmp_path / "model", max_shard_bytes=3000)
+    (folder / "README.md").write_text("mine")
+    (folder / "tokenizer.json").write_text("old")
+    save_llama(folder, seed=1)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failure_leaves_the_old_model(tmp_path, monkeypatch):
+    folder = save_llama(tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full(*args, **options):
+        raise export.SafetensorError("Error: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(UserError, match=r"model: cannot be written .* free some space"):
+        save_llama(folder, seed=1)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_not_writable(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(UserError, match="cannot be written"):
+        save_llama(tmp_path / "model")
+
+
+def test_parent_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        save_llama(tmp_path / "file" / "model")
+
+
+def test_hf_config_of_another_model(tmp_path):
+    values = CONFIGS["llama"]
+    model = models.init(models.decoder_config(values), 0)
+    with pytest.raises(UserError, match="hf_config describes another model"):
+        export.save(model, values | {"hidden_size": 32}, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_says_what_transformers_would_leave_out(tmp_path, capsys):
+    values = CONFIGS["mpt"] | {"attn_config": {"alibi_bias_max": 4, "qk_ln": True}}
+    export.save(models.init(models.decoder_config(values), 0), values, tmp_path / "model")
+    assert "MptForCausalLM leaves out attn_config.qk_ln: true, attn_config.alibi_bias_max" in capsys.readouterr().err
