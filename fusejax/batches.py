@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from fusejax import sources
+from fusejax import sources, tokenizers
 from fusejax.alignment import GoldChain, load_token_table
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
@@ -63,7 +63,7 @@ class Batches:
     def __init__(self, config: Config, with_sources: bool = True) -> None:
         """Opens the stores. Raises UserError where one is missing, or was made from another text or tokenizer."""
         self._config = config
-        self._tokenizer = Tokenizer.load(config.target.model, config.target.revision)
+        self._tokenizer = tokenizers.for_model(config.target)
         self._tokens = _tokens(config, self._tokenizer)
         n_extra = int(self._tokenizer.adds_bos) + int(self._tokenizer.eos_id is not None)
         counts = token_counts(self._tokens)
@@ -197,7 +197,7 @@ class _Source:
 
     def __init__(self, config: Config, source: ModelConfig) -> None:
         self._config, self.label = config, source.label
-        self._tokenizer = Tokenizer.load(source.model, source.revision)
+        self._tokenizer = tokenizers.for_model(source)
         self._tokens = _tokens(config, self._tokenizer)
         self._cache = Store(config.folder / "sources" / source.label)
         wanted = sources.inputs(config, source, self._tokenizer)

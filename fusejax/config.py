@@ -27,6 +27,7 @@ class ModelConfig(Section):
     model: str
     name: str = ""  # how reports call it; default: the last part of `model`
     revision: str | None = None
+    bos: Literal["auto", "never"] = "auto"  # auto: BOS before each document where the model's tokenizer puts one
 
     @model_validator(mode="before")
     @classmethod
@@ -179,6 +180,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
+        for source in self.sources:
+            if source.model == self.target.model and (source.revision, source.bos) != (
+                self.target.revision,
+                self.target.bos,
+            ):
+                raise ValueError(
+                    f"sources: {source.model} is the target, so its `revision` and `bos` should be the same"
+                )
         n, weights = len(self.sources), self.fusion.weights
         if self.fusion.kind == "fixed" and (weights is None or len(weights) != n):
             raise ValueError(f"fusion.weights: kind 'fixed' needs one weight for each of the {n} sources")

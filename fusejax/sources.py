@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import models, sharding
+from fusejax import models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -55,7 +55,7 @@ def inputs(config: Config, source: ModelConfig, tokenizer: Tokenizer) -> dict[st
 
 
 def _cache(config: Config, source: ModelConfig) -> None:
-    tokenizer = Tokenizer.load(source.model, source.revision)
+    tokenizer = tokenizers.for_model(source)
     folder = config.folder / "sources" / source.label
     tokens = Store(config.folder / "data/train/tokens" / tokenizer.fingerprint)
     made_from = inputs(config, source, tokenizer) | {"model": models.fingerprint(source.model, source.revision)}

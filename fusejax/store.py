@@ -99,9 +99,7 @@ class StoreWriter:
     refused with a UserError that names what differs.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike, inputs: Inputs, n_records: int, shard_records: int = 64
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike, inputs: Inputs, n_records: int, shard_records: int = 64) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:

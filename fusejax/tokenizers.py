@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusejax import canonical, hub
-from fusejax.config import Config
+from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.store import fingerprint
 
@@ -28,10 +28,12 @@ class Tokenizer:
     canonical_bytes: per id the bytes of text that it stands for; None for special tokens and unused ids.
 
     hf: a tokenizer of transformers; its backend is changed, unless `copy`. split_special: whether '</s>' written in a
-    text is text (True, right for documents) or the special token.
+    text is text (True, right for documents) or the special token. bos: `never` to leave BOS out whatever hf does.
     """
 
-    def __init__(self, hf: Any, name: str = "", split_special: bool = True, copy: bool = True) -> None:
+    def __init__(
+        self, hf: Any, name: str = "", split_special: bool = True, copy: bool = True, bos: str = "auto"
+    ) -> None:
         backend = getattr(hf, "backend_tokenizer", None)
         self.name = name or getattr(hf, "name_or_path", "") or type(hf).__name__
         if backend is None:
@@ -42,7 +44,7 @@ class Tokenizer:
             raise UserError(f"{self.name}: its tokenizer drops merges at random (model.dropout); set that to null")
         ids = {role: getattr(hf, f"{role}_token_id", None) for role in _ROLES}
         self.roles: dict[str, int] = {role: i for role, i in ids.items() if isinstance(i, int)}
-        self.adds_bos = "bos" in self.roles and _puts_bos(hf, self.roles["bos"])
+        self.adds_bos = bos == "auto" and "bos" in self.roles and _puts_bos(hf, self.roles["bos"])
         self._spec: dict[str, Any] = spec
         self._backend = _backend(serialized if copy else backend, split_special)
         specials = canonical.special_ids(self._spec, {*self.roles.values(), *hf.all_special_ids})
@@ -56,9 +58,9 @@ class Tokenizer:
         """int32[vocab_size]: how many bytes each token stands for; 0 for special tokens."""
 
     @classmethod
-    def load(cls, model: str, revision: str | None = None) -> "Tokenizer":
+    def load(cls, model: str, revision: str | None = None, bos: str = "auto") -> "Tokenizer":
         """The tokenizer of a local folder or a hub name; UserError where there is none or the hub is out of reach."""
-        return _loaded(model, revision, _files(model))
+        return _loaded(model, revision, bos, _files(model))
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokenizer":
@@ -231,12 +233,17 @@ class Tokenizer:
         return self._byte_ids.get(piece[0], -1), len(piece)
 
 
+def for_model(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model of the configuration."""
+    return Tokenizer.load(model.model, model.revision, model.bos)
+
+
 def for_config(config: Config) -> dict[str, Tokenizer]:
     """Model name → tokenizer of the target and of every source; models with equal tokenizers share one object."""
     shared: dict[str, Tokenizer] = {}
     result = {}
     for model in (config.target, *config.sources):
-        tokenizer = Tokenizer.load(model.model, model.revision)
+        tokenizer = for_model(model)
         result[model.model] = shared.setdefault(tokenizer.fingerprint, tokenizer)
     return result
 
@@ -265,8 +272,8 @@ def _files(model: str) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=16)  # every stage asks for the same few
-def _loaded(model: str, revision: str | None, files: tuple[tuple[str, int, int], ...]) -> Tokenizer:
-    return Tokenizer(_load(model, revision), name=model, copy=False)
+def _loaded(model: str, revision: str | None, bos: str, files: tuple[tuple[str, int, int], ...]) -> Tokenizer:
+    return Tokenizer(_load(model, revision), name=model, copy=False, bos=bos)
 
 
 def _puts_bos(hf: Any, bos_id: int) -> bool:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fusejax import fusion, loss, metrics, models, sharding, store
+from fusejax import fusion, loss, metrics, models, sharding, store, tokenizers
 from fusejax import optimizer as optimizers
 from fusejax.batches import Batches, token_tables
 from fusejax.checkpoint import Checkpoints
@@ -48,6 +48,7 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
     documents = store.Store(config.folder / "data/train/documents")
     inputs: dict[str, Any] = {
         "target": models.fingerprint(config.target.model, config.target.revision),
+        "tokenizer": tokenizers.for_model(config.target).fingerprint,
         "corpus": store.fingerprint(documents.inputs),
         "seed": config.seed,
         "max_length": config.max_length,

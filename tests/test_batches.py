@@ -258,3 +258,13 @@ def test_a_one_token_document_is_finite():
     for level, unit in itertools.product(("document", "token"), ("byte", "token", "aligned")):
         values = deciding_ce(np.array([0.5], np.float32), np.array([4]), np.array([4]), level=level, unit=unit)
         assert values.tolist() == [0.5]
+
+
+def test_bos_is_left_out_where_the_configuration_says_so(make_job, tiny_models):
+    from fusejax import tokenizers
+
+    fine = {"model": tiny_models["fine"], "bos": "never"}
+    with_bos, without = tokenizers.Tokenizer.load(tiny_models["fine"]), tokenizers.Tokenizer.load(**fine)
+    assert with_bos.adds_bos
+    assert not without.adds_bos
+    assert with_bos.fingerprint != without.fingerprint

@@ -59,6 +59,7 @@ def test_dump_round_trips(path):
         ("sources.1.name=b", "two sources are called 'b'"),
         ("sources.1.name=fused", "cannot be called 'fused'"),
         ("corpus=3", "corpus"),
+        ("target.bos=never", "should be the same"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_clear_line(path, override, message):

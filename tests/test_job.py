@@ -107,7 +107,9 @@ def test_the_whole_job_and_again(write_config, tmp_path, capsys):
     assert report_of(folder) == report
 
     # The export is a source for the next fusion.
-    again = write_config("next", target=str(folder / "export"), sources=[{"model": str(folder / "export"), "name": "x"}])
+    again = write_config(
+        "next", target=str(folder / "export"), sources=[{"model": str(folder / "export"), "name": "x"}]
+    )
     load_main()([str(again), "evaluation.clm=false", "batch.epochs=1"])
     scores = report_of(tmp_path / "next")["evaluation"]["bits_per_byte"]
     assert scores["target"]["average"] == pytest.approx(report["evaluation"]["bits_per_byte"]["fused"]["average"])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fusejax import models, sharding
+from fusejax import models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -178,7 +178,7 @@ def _models(config: Config) -> dict[str, ModelConfig]:
     found = {"target": config.target, **{source.label: source for source in config.sources}}
     for name, folder in (("clm", config.folder / "clm" / "export"), ("fused", config.folder / "export")):
         if folder.is_dir():
-            found[name] = ModelConfig(model=str(folder))
+            found[name] = ModelConfig(model=str(folder), bos=config.target.bos)
     return found
 
 
@@ -191,7 +191,7 @@ def evaluate(
     """
     known = {} if known is None else known
     heldout = config.folder / "data/heldout"
-    tokenizer = Tokenizer.load(model.model, model.revision)
+    tokenizer = tokenizers.for_model(model)
     documents = Store(heldout / "documents")
     inputs = {
         "model": models.fingerprint(model.model, model.revision),
