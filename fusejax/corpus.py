@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -236,10 +237,12 @@ class _Preparation:
         """(where each part ends, parts of each document), kept beside the documents: they need every tokenizer."""
         path = folder / _PARTS
         key = fingerprint(inputs)
-        if path.exists():
+        try:
             with np.load(path, allow_pickle=False) as saved:
                 if str(saved["key"]) == key:
                     return saved["ends"], saved["counts"]
+        except (OSError, ValueError, KeyError, BadZipFile):
+            pass  # missing or damaged: made again, the same
         ends, counts = array("q"), array("q")
         with progress(f"{self._title}: lengths", self._n_documents) as bar:
             for batch in _batches(self._read(), _SHARD_DOCUMENTS):

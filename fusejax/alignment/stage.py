@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def load_token_table(folder: str | Path) -> "fusion.TokenTable":
             return fusion.TokenTable(table["ids"], table["prefix_hash"])
     except FileNotFoundError:
         raise UserError(f"{path}: no token map here; run the stage `align` first") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove {folder} and run the stage `align` again") from None
 
 
