@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fusejax import fusion, loss, metrics, models, sharding, store, tokenizers
+from fusejax import flops, fusion, loss, metrics, models, sharding, store, tokenizers
 from fusejax import optimizer as optimizers
 from fusejax.batches import Batches, token_tables
 from fusejax.checkpoint import Checkpoints
@@ -122,6 +122,7 @@ class Trainer:
     step: Callable[..., tuple[dict[str, Any], dict[str, jax.Array]]]
     tables: list[fusion.TokenTable]
     graphdef: Any
+    model_config: models.DecoderConfig
     steps_total: int
 
     @classmethod
@@ -142,7 +143,7 @@ class Trainer:
         tables = token_tables(config) if with_sources else []
         tables = jax.device_put(tables, sharding.replicated(mesh))
         step = make_step(config, graphdef, optimizer, schedule, steps_total, sharding.like(state), mesh)
-        return cls(config, mesh, state, step, tables, graphdef, steps_total)
+        return cls(config, mesh, state, step, tables, graphdef, model.config, steps_total)
 
 
 def init_state(params: Any, optimizer: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _loop(trainer: Trainer, batches: Batches, checkpoints: Checkpoints, folder: 
         first, state = checkpoints.restore(state)
         say(f"train {name}: goes on from step {first} of {total}")
     log = metrics.Metrics(folder, first)
-    meter = Meter(config, trainer.mesh.size)
+    meter = Meter(flops.training_per_token(trainer.model_config, config.max_length), trainer.mesh.size)
     labels = [source.label for source in config.sources]
     waiting: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -309,8 +310,8 @@ def _readable(values: dict[str, jax.Array], labels: list[str]) -> dict[str, floa
 class Meter:
     """Throughput, from the second step on: the first one compiles."""
 
-    def __init__(self, config: Config, devices: int) -> None:
-        self._config, self._devices = config, devices
+    def __init__(self, flops_per_token: float, devices: int) -> None:
+        self._flops, self._devices = flops_per_token, devices
         self._start: float | None = None
         self._tokens, self._steps = 0.0, 0
 
@@ -324,7 +325,19 @@ class Meter:
     def summary(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._start if self._start else 0.0
         rate = self._tokens / seconds if seconds and self._steps else 0.0
-        return {"tokens_per_s": rate, "tokens_per_s_per_device": rate / self._devices, "devices": self._devices}
+        kind = jax.devices()[0].device_kind
+        peak = flops.peak(kind)
+        return {
+            "tokens_per_s": rate,
+            "tokens_per_s_per_device": rate / self._devices,
+            "devices": self._devices,
+            "device": kind,
+            "flops_per_token": self._flops,
+            "model_flops_per_s": rate * self._flops,
+            "peak_flops_per_device": peak,
+            "mfu": rate * self._flops / (peak * self._devices) if peak else None,
+            "mfu_formula": flops.MFU_FORMULA,
+        }
 
 
 def export(config: Config) -> None:
