@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fusejax import canonical, hub
+from fusejax import canonical, hub, sentencepiece_model
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.store import fingerprint
@@ -23,7 +23,8 @@ _ROLES = ("bos", "eos", "pad", "unk")
 class Tokenizer:
     """A tokenizer with a fast (`tokenizers`) backend.
 
-    name: how messages call it. fingerprint: equal for tokenizers that do the same. vocab_size: highest id + 1.
+    name: how messages call it. fingerprint: equal for tokenizers that do the same; text_fingerprint: for those that
+    make the same tokens of every text, whatever they put around it. vocab_size: highest id + 1.
     roles: {"bos" | "eos" | "pad" | "unk": id}, for those that exist. adds_bos: whether it puts BOS before a text.
     canonical_bytes: per id the bytes of text that it stands for; None for special tokens and unused ids.
 
@@ -51,8 +52,9 @@ class Tokenizer:
         self.canonical_bytes: list[bytes | None] = canonical.canonical_bytes(self._spec, specials)
         self.vocab_size = len(self.canonical_bytes)
         described = [spec[key] for key in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")]
-        described += [self.roles, self.adds_bos, sorted(specials), split_special]
-        self.fingerprint: str = fingerprint(json.dumps(described, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        described += [sorted(specials), split_special]
+        self.text_fingerprint: str = fingerprint(json.dumps(described).encode())
+        self.fingerprint: str = fingerprint([self.text_fingerprint, self.roles, self.adds_bos])
         self._bytes = np.array([c or b"" for c in self.canonical_bytes], object)
         self.lengths = np.array([len(c or b"") for c in self.canonical_bytes], np.int32)
         """int32[vocab_size]: how many bytes each token stands for; 0 for special tokens."""
@@ -288,6 +290,9 @@ def _load(model: str, revision: str | None) -> Any:
     if local and not Path(model).expanduser().is_dir():
         raise UserError(f"{model}: no such model folder")
     name = str(Path(model).expanduser()) if local else model
+    raw = _raw_sentencepiece(name, revision)
+    if raw is not None:
+        return raw
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -295,9 +300,32 @@ def _load(model: str, revision: str | None) -> Any:
             raise UserError(f"{model}: no tokenizer can be loaded from this folder ({_first_line(error)})") from None
     hub.require_reachable(model, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        hf = AutoTokenizer.from_pretrained(name, revision=revision)
+        return _raw_sentencepiece(name, revision) or hf
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{model}: its tokenizer cannot be loaded from the hub ({_first_line(error)})") from None
+
+
+def _raw_sentencepiece(name: str, revision: str | None) -> Any:
+    """The tokenizer of a folder or of a hub name in the local cache that has only a SentencePiece model, else None."""
+    from transformers.utils import cached_file
+
+    def find(file: str) -> Path | None:
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        return Path(found) if found else None
+
+    path = find("tokenizer.model")
+    if path is None or find("tokenizer.json") is not None:
+        return None
+    return sentencepiece_model.load(path, find("tokenizer_config.json"))
 
 
 def _first_line(error: BaseException) -> str:

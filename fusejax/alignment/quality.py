@@ -84,7 +84,7 @@ def quality(
     total = Quality()
     for one, values in zip(texts, documents, strict=True):
         target, source = Tokens.of(target_tok, one), Tokens.of(source_tok, one)
-        if target_tok.fingerprint == source_tok.fingerprint:
+        if target_tok.text_fingerprint == source_tok.text_fingerprint:
             row_map_T2 = identity(len(target.ids))
         else:
             row_map_T2 = map_rows(one.encode(), target, source, source_tok, rows)

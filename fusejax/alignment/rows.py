@@ -41,7 +41,7 @@ def row_map(text: str, target_tok: Any, source_tok: Any, method: str = "inside")
     """
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
     target = Tokens.of(target_tok, text)
-    if target_tok.fingerprint == source_tok.fingerprint:
+    if target_tok.text_fingerprint == source_tok.text_fingerprint:
         return identity(len(target.ids))
     return map_rows(text.encode("utf-8"), target, Tokens.of(source_tok, text), source_tok, method)
 

@@ -32,11 +32,11 @@ def run(config: Config) -> None:
     with the token table, and a summary: rows, aligned, share, kinds, mass_kept, mapped_ce (see `quality`; the last two
     where the source's cache is there). Raises UserError where a folder was made from another text or tokenizer.
     """
-    known = tokenizers.for_config(config)
+    target = tokenizers.for_model(config.target)
     documents = Store(config.folder / "data/train/documents")
     for source in config.sources:
         folder = config.folder / "alignment" / source.label
-        _Pair(config, folder, documents, known[config.target.model], known[source.model], source.label).run()
+        _Pair(config, folder, documents, target, tokenizers.for_model(source), source.label).run()
 
 
 def load_token_table(folder: str | Path) -> "fusion.TokenTable":
@@ -64,7 +64,7 @@ class _Pair:
         tokens = config.folder / "data/train/tokens"
         self._target_tokens = Store(tokens / target.fingerprint)
         self._source_tokens = Store(tokens / source.fingerprint)
-        self._same = target.fingerprint == source.fingerprint
+        self._same = target.text_fingerprint == source.text_fingerprint
 
     def run(self) -> None:
         inputs = {

@@ -56,10 +56,10 @@ def token_table(target_tok: Any, source_tok: Any, method: str = "prefix", column
     if rests:
         v_N, c_N = np.array([(v, c) for v, c, _ in rests], np.int32).T
         ids_VC[v_N, c_N] = images[np.array([unique[rest] for _, _, rest in rests])]
+    if target_tok.text_fingerprint == source_tok.text_fingerprint:
+        ids_VC[:, 0] = np.arange(len(pieces), dtype=np.int32)
     for v, image in _by_role(target_tok, source_tok).items():
         ids_VC[v, 0] = image
-    if target_tok.fingerprint == source_tok.fingerprint:
-        ids_VC[:, 0] = np.arange(len(pieces), dtype=np.int32)
     return TokenTable(ids_VC, prefix_hashes(source_tok, columns))
 
 

@@ -51,6 +51,18 @@ def test_equal_tokenizers_are_the_identity():
             assert (token_map(tok, tok, method) == np.arange(tok.vocab_size)).all()
 
 
+def test_tokenizers_that_differ_in_bos_alone_are_equal():
+    from fusejax.alignment import row_map
+    from fusejax.tokenizers import Tokenizer
+
+    with_bos = tokenizer("sentencepiece")
+    without = Tokenizer(hf("sentencepiece"), bos="never")
+    assert with_bos.fingerprint != without.fingerprint
+    assert (token_map(with_bos, without) == np.arange(with_bos.vocab_size)).all()
+    rows_T2 = row_map("the cat  sat", with_bos, without)
+    assert (rows_T2[:, 0] == np.arange(len(rows_T2))).all()
+
+
 def test_columns_hold_what_is_left_of_each_token():
     target, source = tokenizer("sentencepiece"), tokenizer("byte-level coarse")
     columns = table_columns(source, "inside")

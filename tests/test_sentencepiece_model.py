@@ -1,0 +1,129 @@
+"""Raw SentencePiece models, written here byte by byte, and against the sentencepiece package where it is installed."""
+
+import io
+import json
+import struct
+
+import pytest
+from tokenizer_zoo import TEXTS
+
+from fusejax import sentencepiece_model
+from fusejax.errors import UserError
+from fusejax.tokenizers import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+
+
+def varint(value):
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes(out) + bytes([value])
+
+
+def field(number, value):
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def message(pieces, kind=2, **normalizer):
+    body = b""
+    for text, score, piece_kind in pieces:
+        body += field(1, field(1, text.encode()) + field(2, score) + field(3, piece_kind))
+    body += field(2, field(3, kind) + field(43, (1 << 64) - 1))
+    settings = {"dummy": 1, "squeeze": 0} | normalizer
+    return body + field(3, field(1, b"identity") + field(3, settings["dummy"]) + field(4, settings["squeeze"]))
+
+
+SPECIALS = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
+BYTES = [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+# As in Mistral's model: runs of spaces come early in the file and last in score.
+PIECES = [
+    *SPECIALS, *BYTES, ("▁▁", -1e9, NORMAL), ("▁▁▁▁", -1e9, NORMAL), ("▁t", -1.0, NORMAL), ("ab", -2.0, NORMAL),
+    ("▁▁▁", -1e9, NORMAL), ("▁", -1e9, NORMAL), ("t", -9.0, NORMAL), ("a", -9.0, NORMAL), ("b", -9.0, NORMAL),
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(message(PIECES))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "pad_token": "</s>"}))
+    return tmp_path
+
+
+def spelled(tok, text):
+    return [tok.canonical_bytes[i] for i in tok.encode(text)[0]]
+
+
+def test_merges_follow_scores_not_ids(folder):
+    tok = Tokenizer.load(str(folder))
+    assert spelled(tok, "a    t") == [b" ", b"a", b"   ", b" t"]
+    assert spelled(tok, "ab\nt") == [b" ", b"ab", b"\n", b"t"]
+    assert spelled(tok, "é") == [b" ", b"\xc3", b"\xa9"]
+
+
+def test_roles_and_settings(folder):
+    tok = Tokenizer.load(str(folder))
+    assert tok.roles == {"unk": 0, "bos": 1, "eos": 2, "pad": 2}
+    assert tok.adds_bos
+    assert tok.vocab_size == len(PIECES)
+    assert 1 not in tok.encode("<s> a")[0]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    tok = Tokenizer.load(str(folder))
+    assert not tok.adds_bos
+    assert tok.pad_id is None
+    (folder / "tokenizer_config.json").unlink()
+    assert Tokenizer.load(str(folder)).eos_id == 2
+
+
+def test_a_tokenizer_json_beside_it_comes_first(folder):
+    from tokenizer_zoo import hf, tokenizer
+
+    hf("sentencepiece").save_pretrained(folder)
+    assert Tokenizer.load(str(folder)).fingerprint == tokenizer("sentencepiece").fingerprint
+
+
+def test_unigram_user_defined_and_squeezed_spaces(tmp_path):
+    pieces = [
+        *SPECIALS, ("▁the", -1.0, NORMAL), ("▁", -3.0, NORMAL), ("<tag>", 0.0, USER_DEFINED),
+        *((letter, -4.0, NORMAL) for letter in "the "),
+    ]  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(message(pieces, kind=1, squeeze=1))
+    tok = Tokenizer.load(str(tmp_path))
+    assert [piece for piece in spelled(tok, "the<tag>the") if piece == b"<tag>"] == [b"<tag>"]
+    ids, boundaries = tok.encode("the   the")
+    assert [tok.canonical_bytes[i] for i in ids] == [b" the", b" the"]
+    assert boundaries.tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xff\xff", b"\x0a\x7fshort", message(SPECIALS, kind=3)])
+def test_files_that_are_no_model(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.model: ") as caught:
+        Tokenizer.load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_the_same_ids_as_sentencepiece(tmp_path, kind, byte_fallback):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in TEXTS * 3 for line in text.splitlines() if line),
+        model_writer=model,
+        vocab_size=400 if byte_fallback else 140,
+        model_type=kind,
+        byte_fallback=byte_fallback,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tok = Tokenizer(sentencepiece_model.load(tmp_path / "tokenizer.model", None))
+    for text in [*TEXTS, "the  checkpoint", " x", "ﬁ ①", "1000 unknown: 語"]:
+        assert tok.encode(text)[0].tolist() == reference.encode(text)
