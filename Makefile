@@ -13,14 +13,14 @@ quickstart: $(VENV)/installed
 	$(BIN)/python train.py configs/quickstart.yaml
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without torch, on the newest jax.
 test-latest: .venv-latest/installed
-	.venv-latest/bin/python -m pytest -m "not slow"
+	.venv-latest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
