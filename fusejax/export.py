@@ -97,9 +97,17 @@ def _write_weights(model: Decoder, family: families.Family, folder: Path, dtype:
 def _save_file(tensors: dict[str, Any], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # the library makes files that only their owner may read
     except SafetensorError as error:  # holds the system's error as text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, str(error)) from None
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _replace(folder: Path, temporary: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -140,3 +141,10 @@ def test_says_what_transformers_would_leave_out(tmp_path, capsys):
     values = CONFIGS["mpt"] | {"attn_config": {"alibi_bias_max": 4, "qk_ln": True}}
     export.save(models.init(models.decoder_config(values), 0), values, tmp_path / "model")
     assert "MptForCausalLM leaves out attn_config.qk_ln: true, attn_config.alibi_bias_max" in capsys.readouterr().err
+
+
+def test_others_may_read_what_the_umask_allows(tiny_models):
+    """As any file: safetensors alone would leave the weights readable by their owner only."""
+    folder = Path(tiny_models["coarse"])
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
