@@ -135,7 +135,7 @@ def render(config: Config, report: dict[str, Any], histories: dict[str, list[dic
     header, rows = table_rows(report)
     parts = [f"<h1>{html.escape(report['name'])}</h1>", f"<p>{_lead(report)}</p>"]
     if rows:
-        parts += ["<h2>Bits per byte on held-out text</h2>", _html_table(header, rows), plots.bits_per_byte(report)]
+        parts += ["<h2>Bits per byte on held-out text</h2>", _html_table(header, rows, "scores"), plots.bits_per_byte(report)]
     if any(histories.values()):
         parts += ["<h2>Training</h2>", plots.losses(histories)]
         parts += [_html_table(["run", "steps", "tokens", "CLM loss", "tokens/s"], _training_rows(report))]
@@ -191,10 +191,10 @@ def _training_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _html_table(header: list[str], rows: list[list[str]]) -> str:
+def _html_table(header: list[str], rows: list[list[str]], kind: str = "plain") -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 _STYLE = """
@@ -203,7 +203,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #8884; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-tbody tr:last-child td { font-weight: 600; }
+.scores tbody tr:last-child td { font-weight: 600; }
 svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 pre { background: #8881; padding: 1rem; overflow: auto; font-size: .85rem; }
 footer { color: #888; font-size: .85rem; margin-top: 2rem; }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fusejax import fusion
 
 _TABLE = "token_map.npz"
-_SAMPLE = 256  # documents whose mapped distributions are measured
+_SAMPLE = 256  # about how many documents have their mapped distributions measured, evenly over the corpus
 
 
 def run(config: Config) -> None:
@@ -113,15 +113,16 @@ class _Pair:
         return {"row_map": row_map_T2, "kinds": kinds.astype(np.int32)}
 
     def _report(self, table: TokenTable) -> dict[str, Any]:
-        """The summary; what needs the source's rows is measured on the first documents, where its cache is there."""
+        """The summary; what needs the source's rows is measured on a sample, where its cache is there."""
         total = Quality()
         cache_folder = self._config.folder / "sources" / self._label
         cached = (read_manifest(cache_folder) or {}).get("complete", False)
         cache = Store(cache_folder) if cached else None
         chain = GoldChain(self._source) if self._config.alignment.gold_chain else None
+        every = -(-len(self._documents) // _SAMPLE)
         for i, record in enumerate(Store(self._folder)):
             total.add_kinds(record["kinds"])
-            if cache is not None and i < _SAMPLE:
+            if cache is not None and i % every == 0:
                 target, source = self._tokens(i)
                 measure(total, target, source, record["row_map"], table, cache[i], self._target.vocab_size, chain)
         return total.report()
