@@ -1,8 +1,10 @@
 """Floating-point operations of training and of a forward pass, and the chips' peaks, for throughput and MFU.
 
-Counted: matrix products, a multiply-add being two operations. Per token, forward:
-    2 · (parameters of matrices that multiply the token, the unembedding included) + 2 · n_layers · n_heads · head_dim · L
-for a causal sequence of L tokens (scores and values, each over (L+1)/2 ≈ L/2 earlier tokens). The backward pass costs twice the forward;
+Counted: matrix products, a multiply-add being two operations. Per token, forward, in a causal sequence of L tokens:
+
+    2 · parameters of the matrices that multiply the token + 2 · n_layers · n_heads · head_dim · L
+
+the unembedding among the matrices, the second term being scores and values over L/2 earlier tokens on average. The backward pass costs twice the forward;
 recomputation under remat is not counted (model FLOPs, as in the PaLM paper, appendix B).
 """
 

@@ -135,7 +135,11 @@ def render(config: Config, report: dict[str, Any], histories: dict[str, list[dic
     header, rows = table_rows(report)
     parts = [f"<h1>{html.escape(report['name'])}</h1>", f"<p>{_lead(report)}</p>"]
     if rows:
-        parts += ["<h2>Bits per byte on held-out text</h2>", _html_table(header, rows, "scores"), plots.bits_per_byte(report)]
+        parts += [
+            "<h2>Bits per byte on held-out text</h2>",
+            _html_table(header, rows, "scores"),
+            plots.bits_per_byte(report),
+        ]
     if any(histories.values()):
         parts += ["<h2>Training</h2>", plots.losses(histories)]
         parts += [_html_table(["run", "steps", "tokens", "CLM loss", "tokens/s"], _training_rows(report))]
