@@ -5,7 +5,8 @@ Counted: matrix products, a multiply-add being two operations. Per token, forwar
     2 · parameters of the matrices that multiply the token + 2 · n_layers · n_heads · head_dim · L
 
 the unembedding among the matrices, the second term being scores and values over L/2 earlier tokens on average. The
-backward pass costs twice the forward; recomputation under remat is not counted (model FLOPs, as in the PaLM paper, appendix B).
+backward pass costs twice the forward; recomputation under remat is not counted (model FLOPs,
+as in the PaLM paper, appendix B).
 """
 
 from fusejax.models import DecoderConfig
