@@ -26,15 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan.show(job)
         return
 
-    from fusejax import alignment, corpus, evaluation, report, sources, training
+    from fusejax import alignment, corpus, evaluation, report, sources, store, training
 
-    corpus.prepare(job)  # documents, tokens, boundaries
-    sources.run(job)  # every source's top-k distributions
-    alignment.run(job)  # row maps and token maps
-    training.run(job)  # fusion and loss, on packed batches
-    training.export(job)  # Hugging Face folders
-    evaluation.run(job)  # bits per byte, before and after
-    report.run(job)  # report.json, report.html
+    with store.locked(job.folder):
+        corpus.prepare(job)  # documents, tokens, boundaries
+        sources.run(job)  # every source's top-k distributions
+        alignment.run(job)  # row maps and token maps
+        training.run(job)  # fusion and loss, on packed batches
+        training.export(job)  # Hugging Face folders
+        evaluation.run(job)  # bits per byte, before and after
+        report.run(job)  # report.json, report.html
 
 
 if __name__ == "__main__":

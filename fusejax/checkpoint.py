@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from fusejax.config import CheckpointConfig
 from fusejax.errors import UserError
-from fusejax.store import make_folder, writing_failed
+from fusejax.store import make_folder, require_space, writing_failed
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step it takes
 
@@ -34,13 +34,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            self._manager.wait_until_finished()
-        except OSError as error:
-            if kind is None:
-                raise writing_failed(self.folder, error) from None
-        finally:
-            self._manager.close()
+        failed: Exception | None = None
+        for leave in (self._manager.wait_until_finished, self._manager.close):
+            try:
+                leave()
+            except Exception as error:  # of the background save: of what type depends on the storage
+                failed = failed or error
+        if failed is not None and kind is None:
+            raise writing_failed(self.folder, failed) from None
 
     def latest(self) -> int | None:
         """The step of the latest whole checkpoint."""
@@ -50,9 +51,12 @@ class Checkpoints:
         """Save a pytree of arrays as step `step`; returns when the arrays are copied."""
         if step == self.latest():
             return
+        # Asked first: on a full disk the library's threads write pages of their own. Compression saves a little of it.
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        require_space(self.folder, size + (1 << 20))
         try:
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise writing_failed(self.folder, error) from None
 
     def restore(self, like: Any) -> tuple[int, Any]:

@@ -1,9 +1,12 @@
 """The `fusejax` command: each stage of the job by itself, and what looks into its results."""
 
 import argparse
+import errno
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from fusejax import __version__, config
@@ -32,19 +35,26 @@ def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (28, 122, 30, 13):  # no space, quota, read-only, permission
+        kinds = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+        if error.errno not in kinds:
             raise
         print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+
+
+def _interrupted(*_: object) -> None:
+    """Ctrl-C: leave at once. What is on disk is whole at any moment; unwinding compiled code is not safe."""
+    cursor = "\x1b[?25h" if sys.stdout.isatty() else ""
+    os.write(2, f"{cursor}\ninterrupted; the same command goes on from here\n".encode())
+    os._exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fusejax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_text in STAGES.items():
-        add_config(commands.add_parser(name, help=help_text, description=help_text.capitalize() + "."))
+        add_config(commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
     help_text = "validate a configuration and print stages, token counts and disk needed"
-    add_config(commands.add_parser("plan", help=help_text, description=help_text.capitalize() + "."))
+    add_config(commands.add_parser("plan", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
     help_text = "what a store (documents, tokens, source cache, row maps) holds"
-    inspect = commands.add_parser("inspect", help=help_text, description=help_text.capitalize() + ".")
+    inspect = commands.add_parser("inspect", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     inspect.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME")
     inspect.add_argument("--record", type=int, default=0, metavar="N", help="the record to show (default 0)")
     return parser
@@ -90,7 +100,10 @@ def _command(arguments: Sequence[str] | None) -> None:
 
         plan.show(job)
         return
-    stage(options.command)(job)
+    from fusejax.store import locked
+
+    with locked(job.folder):
+        stage(options.command)(job)
 
 
 def stage(name: str) -> Callable[[config.Config], None]:
@@ -110,3 +123,7 @@ def stage(name: str) -> Callable[[config.Config], None]:
     else:
         from fusejax.report import run as chosen
     return chosen
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     """The steps recorded so far; a line that a kill cut off is left out."""
     path = Path(folder) / "metrics.jsonl"
     steps = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:
             steps.append(json.loads(line))
         except ValueError:
@@ -29,8 +29,12 @@ class Metrics:
         self._path = make_folder(folder) / "metrics.jsonl"
         kept = [record for record in read(folder) if record["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file: TextIO = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(os.fspath(Path(folder) / "tensorboard"), purge_step=step + 1)
+        events = Path(folder) / "tensorboard"
+        try:
+            self._file: TextIO = self._path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(os.fspath(make_folder(events)), purge_step=step + 1)
+        except OSError as error:
+            raise writing_failed(events, error) from None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         try:

@@ -57,6 +57,9 @@ def corpus_tokens(config: Config) -> tuple[float, str]:
 
 def show(config: Config) -> None:
     """Print the plan. Raises UserError where a local model or corpus is missing or of no use."""
+    from fusejax import preflight
+
+    preflight.check(config)
     tokens, tokens_known_by = corpus_tokens(config)
     target = model_size(config.target)
     sources = [(source, model_size(source)) for source in config.sources]
@@ -65,19 +68,17 @@ def show(config: Config) -> None:
     say(f"tokens of the corpus: {_number(tokens)} ({tokens_known_by})")
     say(f"training: {_number(steps)} steps of {config.batch.sequences} sequences x {config.max_length} tokens")
 
-    table = Table("stage", "work", "folder", "disk")
+    table = Table("stage", "work", "disk")
     total = 0.0
-    folder = config.folder
 
-    def row(stage: str, work: str, where: Path, disk: float) -> None:
+    def row(stage: str, work: str, disk: float) -> None:
         nonlocal total
         total += disk
-        table.add_row(stage, work, str(where), _bytes(disk))
+        table.add_row(stage, work, _bytes(disk))
 
     row(
         "prepare",
         f"tokenize for up to {1 + len(sources)} tokenizers",
-        folder / "data",
         tokens * (4 + 8 * (1 + len(sources))),
     )
     for source, size in sources:
@@ -86,31 +87,32 @@ def show(config: Config) -> None:
             + 4
         )
         work = f"{_number(size.parameters)} parameters (by {size.known_by}), top-{config.cache.top_k}"
-        row(f"source {source.label}", work, folder / "sources" / source.label, tokens * per_row)
+        row(f"source {source.label}", work, tokens * per_row)
     for source, _ in sources:
         row(
             f"align {source.label}",
             f"rows {config.alignment.rows}, tokens {config.alignment.tokens}",
-            folder / "alignment",
             tokens * 8,
         )
     state = target.parameters * 4 * 3 * (config.checkpoint.keep + 1)  # parameters and two moments, float32
-    for name, where in [("fused", folder), *([("clm", folder / "clm")] if config.evaluation.clm else [])]:
+    for name in ["fused", "clm"] if config.evaluation.clm and config.sources else ["fused"]:
         what = f"{_number(tokens * config.batch.epochs if not config.batch.steps else steps * batch)} tokens"
-        row(f"train {name}", f"{what}, {_number(target.parameters)} parameters", where / "checkpoints", state)
-        row(f"export {name}", "Hugging Face folder", where / "export", target.parameters * 4)
+        row(f"train {name}", f"{what}, {_number(target.parameters)} parameters", state)
+        row(f"export {name}", "Hugging Face folder", target.parameters * 4)
     row(
         "evaluate",
         "bits per byte, held-out documents" if config.evaluation.corpus else "no evaluation.corpus: skipped",
-        folder / "evaluation",
         0.0,
     )
-    row("report", "report.json, report.html", folder, 2e6)
+    row("report", "report.json, report.html", 2e6)
     console.print(table)
-    say(f"disk needed: {_bytes(total)} in {folder}")
+    say(f"disk needed: {_bytes(total)} in {config.folder}")
     unseen = [model.model for model in (config.target, *config.sources) if not Path(model.model).is_dir()]
     if unseen:
         say("checked: every key. Not checked, as they are not on this machine: " + ", ".join(dict.fromkeys(unseen)))
+
+
+_BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 def _number(value: float) -> str:
@@ -123,4 +125,7 @@ def _number(value: float) -> str:
 
 
 def _bytes(value: float) -> str:
-    return "?" if value != value else f"{_number(value)}B" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+    if value != value:
+        return "?"
+    unit, size = next(((unit, size) for unit, size in _BYTES if value >= size), ("B", 1.0))
+    return f"{value / size:.1f} {unit}"

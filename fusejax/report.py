@@ -191,7 +191,8 @@ def _training_rows(report: dict[str, Any]) -> list[list[str]]:
         if values:
             rate = report["throughput"].get(name, {}).get("tokens_per_s")
             loss = values["last_tenth"]["clm_loss"]
-            rows.append([name, str(values["steps"]), f"{values['tokens']:,.0f}", f"{loss:.4f}", f"{rate or 0:,.0f}"])
+            speed = f"{rate:,.0f}" if rate else ""
+            rows.append([name, str(values["steps"]), f"{values['tokens']:,.0f}", f"{loss:.4f}", speed])
     return rows
 
 

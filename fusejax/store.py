@@ -5,12 +5,15 @@ corpus order, so that record i is found in O(1) and a half-done store goes on at
 manifest are written to temporary names and renamed: what has its final name is whole. Every record carries a checksum.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -49,15 +52,64 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise writing_failed(path, error) from None
 
 
-def writing_failed(path: str | os.PathLike, error: OSError) -> UserError:
-    """What went wrong with writing `path`, and what would be right."""
-    advice = {28: "free some space and run the same command again", 122: "the disk quota is used up"}
-    reason = advice.get(error.errno or 0, "choose another `output`, or make it writable")
-    return UserError(f"{path}: cannot be written ({error.strerror or error}): {reason}")
+def _remove(path: Path) -> None:
+    """Remove what a failed write left, if it left anything and its folder is one."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def writing_failed(path: str | os.PathLike, error: Exception) -> UserError:
+    """What went wrong with writing `path`, and what would be right.
+
+    error: an OSError, or what a library made of one; of its text only the system's own words are kept.
+    """
+    number = getattr(error, "errno", None)
+    text = str(error)
+    if number is None:
+        number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) if os.strerror(n) in text), 0)
+    advice = {
+        errno.ENOSPC: "free some space and run the same command again",
+        errno.EDQUOT: "free some of your quota and run the same command again",
+    }
+    advised = advice.get(number, "choose another `output`, or make it writable")
+    reason = os.strerror(number) if number else text.strip().partition("\n")[0][:200]
+    return UserError(f"{path}: cannot be written ({reason}): {advised}")
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold an output folder: UserError where another job writes to it. A job's death lets go of it."""
+    path = make_folder(folder) / ".lock"
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise writing_failed(path, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip()
+            raise UserError(
+                f"{folder}: another job (process {who or 'unknown'}) is writing there; wait for it, or choose another "
+                "`output`"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def require_space(folder: str | os.PathLike, size: int) -> None:
+    """UserError unless `size` bytes fit on the folder's disk, for libraries that take a full disk badly."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        reason = f"needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise UserError(f"{folder}: the disk is full ({reason}): free some space and run the same command again")
 
 
 def make_folder(path: str | os.PathLike) -> Path:
@@ -139,11 +191,9 @@ class StoreWriter:
         path = _shard_path(self.folder, shard)
         temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
         blobs = [_pack(record) for record in records]
+        # The library may abort the process on a full disk, so ask first; the margin covers its framing and padding.
+        require_space(self.folder, sum(map(len, blobs)) + 65536 * (3 + len(blobs) // 64))
         try:
-            # The library aborts the process on a full disk, so ask first; the margin covers its own framing.
-            free = shutil.disk_usage(self.folder).free
-            if free < sum(map(len, blobs)) + 65536 * (1 + len(blobs) // 64):
-                raise OSError(28, "no space left on device")
             with open(temporary, "wb"):  # a folder that cannot be written says so here
                 pass
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
@@ -151,8 +201,8 @@ class StoreWriter:
                 writer.write(blob)
             writer.close()
             os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:
+            _remove(temporary)
             raise writing_failed(path, error) from None
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -288,11 +288,11 @@ def _loop(trainer: Trainer, batches: Batches, checkpoints: Checkpoints, folder: 
                 state, values = trainer.step(state, on_mesh, trainer.tables)
                 note = flush()
                 waiting = (step + 1, values)
-                bar.advance(1, note)
                 if (step + 1) % config.checkpoint.every == 0 or step + 1 == total:
-                    flush()
+                    note = flush()
                     waiting = None
                     checkpoints.save(step + 1, state)
+                bar.advance(1, note)
     finally:
         log.close()
     return meter.summary()
@@ -323,8 +323,10 @@ class Meter:
         self._steps += 1
 
     def summary(self) -> dict[str, Any]:
-        seconds = time.monotonic() - self._start if self._start else 0.0
-        rate = self._tokens / seconds if seconds and self._steps else 0.0
+        if not self._steps or not self._start:  # nothing but a step that compiled, or a run that was done already
+            return {"tokens_per_s": None}
+        seconds = time.monotonic() - self._start
+        rate = self._tokens / seconds
         kind = jax.devices()[0].device_kind
         peak = flops.peak(kind)
         return {

@@ -171,8 +171,8 @@ def test_a_cache_of_another_text_is_refused(write_config, inputs, tmp_path):
         load_main()([str(path), "cache.top_k=3"])
 
 
-def run_until(path, marker, delay):
-    """Start the job, SIGKILL it `delay` seconds after a line with `marker` (never, where it is None)."""
+def run_until(path, marker, delay, number=signal.SIGKILL):
+    """Start the job, kill it `delay` seconds after a line with `marker` (never, where it is None)."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
         [sys.executable, str(TRAIN_PY), str(path)],
@@ -184,10 +184,17 @@ def run_until(path, marker, delay):
         seen.append(line)
         if marker is not None and marker in line:
             time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(number)
         assert time.monotonic() < deadline
     process.wait(timeout=60)
     return process.returncode, "".join(seen)
+
+
+def test_ctrl_c_is_one_line(write_config):
+    code, out = run_until(write_config(), "prepare heldout", 0.0, signal.SIGINT)
+    assert code == 130
+    assert out.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert "Traceback" not in out
 
 
 @pytest.mark.slow

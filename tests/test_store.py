@@ -87,3 +87,36 @@ def test_full_disk_is_a_user_error_and_keeps_finished_shards(tmp_path, monkeypat
 def test_fingerprint_ignores_key_order():
     assert store.fingerprint({"a": 1, "b": 2}) == store.fingerprint(json.loads('{"b": 2, "a": 1}'))
     assert store.fingerprint("a") != store.fingerprint("b")
+
+
+def test_a_library_that_finds_the_disk_full_is_a_user_error(tmp_path, monkeypatch):
+    from array_record.python import array_record_module
+
+    class Full:
+        def __init__(self, path, options):
+            self.path = path
+
+        def write(self, blob):
+            raise RuntimeError(f"write() failed: No space left on device; {self.path}")
+
+    writer = write(tmp_path / "s", shards=set())
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"No space left on device.*free some space"):
+        writer.write(0, records(3))
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["manifest.json"]
+
+
+def test_one_job_at_a_time(tmp_path):
+    with store.locked(tmp_path / "out"), pytest.raises(UserError, match="another job"):  # noqa: SIM117
+        with store.locked(tmp_path / "out"):
+            pytest.fail("both hold it")
+    with store.locked(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize("below", ["", "/x"])
+def test_a_file_in_the_way_is_a_user_error(tmp_path, below):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        store.write_atomically(f"{tmp_path}/file{below}/report.json", "{}")
+    assert (tmp_path / "file").read_text() == "x"
