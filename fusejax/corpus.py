@@ -4,6 +4,7 @@ The stage `prepare` writes data/train and, where there is an evaluation corpus, 
 one store of tokens for each distinct tokenizer, all in the same order.
 """
 
+import contextlib
 import io
 import os
 import time
@@ -94,6 +95,15 @@ def _none_left(corpus: CorpusConfig, domains: set[str], counts: Counter[str]) ->
     if counts["over_limit"]:
         return f"{corpus.path}: every document is longer than corpus.limit_bytes {corpus.limit_bytes}"
     return f"{corpus.path}: no documents"
+
+
+def check(corpus: CorpusConfig) -> None:
+    """UserError where the first text of a corpus on this machine cannot be read; one on a hub is left alone."""
+    if corpus.path.startswith(("tfds:", "huggingface:")):
+        return
+    with contextlib.closing(reading.texts(corpus)) as found:
+        if next(found, None) is None:
+            raise UserError(f"{corpus.path}: no documents")
 
 
 def split_document(document: Document, tokenizers: Sequence[Tokenizer], max_tokens: int) -> list[Document]:
@@ -291,8 +301,9 @@ class _Preparation:
                 for record, (ids, _) in zip(records, encoded, strict=True):
                     if not 0 < len(ids) <= most:
                         raise UserError(
-                            f"{folder}: document {record['id']} has {len(ids)} tokens of {tokenizer.name}, which must "
-                            f"be 1 to {most}; remove {self._folder} to split the documents anew"
+                            f"{self._folder}: its documents were split for other tokenizers than that of "
+                            f"{tokenizer.name}, in which document {record['id']} has {len(ids)} tokens, not 1 to "
+                            f"{most}; remove that folder to split them anew, or choose another `output`"
                         )
                     total += len(ids)
                 writer.write(shard, [{"ids": ids, "boundaries": boundaries} for ids, boundaries in encoded])

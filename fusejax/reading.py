@@ -132,7 +132,10 @@ def _jsonl(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
                     raise UserError(f"{where}: should be an object such as {{{json.dumps(corpus.text_key)}: ...}}")
                 yield _text(record, corpus, where, domain)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read after line {number} ({error})") from None
+        if isinstance(error, gzip.BadGzipFile) and number == 0:
+            raise UserError(f"{path}: not a gzip file; remove .gz from its name, or compress it") from None
+        after = f" after line {number}" if number else ""
+        raise UserError(f"{path}: cannot be read{after} ({error})") from None
 
 
 def _parquet(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
@@ -203,7 +206,8 @@ def _import_tfds(path: str) -> Any:
         return tensorflow_datasets
     except ImportError as error:
         raise UserError(
-            f"{path}: needs tensorflow-datasets ({_one_line(error)}): pip install 'fusejax[tfds]'"
+            f"{path}: needs tensorflow-datasets ({_one_line(error)}): "
+            "pip install tensorflow-datasets importlib_resources"
         ) from None
 
 
@@ -231,6 +235,11 @@ def _tfds(corpus: CorpusConfig, rest: str) -> tuple[Any, str]:
         return _source(corpus, builder), name
     except UserError:
         raise
+    except tfds.core.DatasetNotFoundError:  # its message lists every data set that there is
+        raise UserError(
+            f"{corpus.path}: this data set is neither on this machine nor can it be reached; check the name and the "
+            "connection, or prepare it elsewhere and give its folder"
+        ) from None
     except Exception as error:  # see _records
         raise UserError(
             f"{corpus.path}: tensorflow-datasets cannot give it ({_one_line(error)}); check the name and the "
@@ -249,7 +258,7 @@ def _huggingface(corpus: CorpusConfig, rest: str) -> tuple[Any, str]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{corpus.path}: needs datasets ({_one_line(error)}): pip install 'fusejax[hf]'") from None
+        raise UserError(f"{corpus.path}: needs datasets ({_one_line(error)}): pip install datasets") from None
     name, _, variant = rest.partition(":")
     local, cached = hub.is_local(name), _is_cached(name)
     if not local and not cached:

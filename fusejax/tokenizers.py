@@ -50,6 +50,8 @@ class Tokenizer:
         self._backend = _backend(serialized if copy else backend, split_special)
         specials = canonical.special_ids(self._spec, {*self.roles.values(), *hf.all_special_ids})
         self.canonical_bytes: list[bytes | None] = canonical.canonical_bytes(self._spec, specials)
+        if not any(self.canonical_bytes):
+            raise UserError(f"{self.name}: its tokenizer has no tokens; save the whole of it (tokenizer.json) there")
         self.vocab_size = len(self.canonical_bytes)
         described = [spec[key] for key in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")]
         described += [sorted(specials), split_special]
@@ -275,7 +277,26 @@ def _files(model: str) -> tuple[tuple[str, int, int], ...]:
 
 @lru_cache(maxsize=16)  # every stage asks for the same few
 def _loaded(model: str, revision: str | None, bos: str, files: tuple[tuple[str, int, int], ...]) -> Tokenizer:
-    return Tokenizer(_load(model, revision), name=model, copy=False, bos=bos)
+    hf = _load(model, revision)
+    # transformers makes an empty tokenizer, without a word, where the files of one are missing.
+    if not set(hf.get_vocab()).difference(hf.all_special_tokens):
+        _refuse_missing(model)
+    return Tokenizer(hf, name=model, copy=False, bos=bos)
+
+
+def has_files(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary in any of the forms that tokenizers are saved in."""
+    forms = ("tokenizer.json", "*.model", "vocab*", "merges.txt", "*.tiktoken", "*.bpe")
+    return any(any(folder.glob(form)) for form in forms)
+
+
+def _refuse_missing(model: str) -> None:
+    """UserError where a local folder holds no tokenizer at all."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not has_files(folder):
+        raise UserError(
+            f"{model}: this folder holds no tokenizer; put the model's tokenizer.json (or tokenizer.model) there"
+        )
 
 
 def _puts_bos(hf: Any, bos_id: int) -> bool:
@@ -295,15 +316,25 @@ def _load(model: str, revision: str | None) -> Any:
         return raw
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # `tokenizers` raises Exception itself for a file that it cannot read
         if local:
+            _refuse_missing(model)
+            _check_config(Path(name))
             raise UserError(f"{model}: no tokenizer can be loaded from this folder ({_first_line(error)})") from None
-    hub.require_reachable(model, "tokenizer")
+    hub.require_reachable(model, "model")
     try:
         hf = AutoTokenizer.from_pretrained(name, revision=revision)
         return _raw_sentencepiece(name, revision) or hf
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{model}: its tokenizer cannot be loaded from the hub ({_first_line(error)})") from None
+
+
+def _check_config(folder: Path) -> None:
+    """UserError where a config.json is broken: transformers reads it for the tokenizer too, and blames that."""
+    from fusejax.models import files
+
+    if (folder / "config.json").exists():
+        files.read_json(folder / "config.json")
 
 
 def _raw_sentencepiece(name: str, revision: str | None) -> Any:

@@ -155,7 +155,7 @@ def test_other_faults(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     assert "cut.jsonl.gz: cannot be read" in mistake(tmp_path / "cut.jsonl.gz")
     (tmp_path / "no.jsonl.gz").write_bytes(b"plain text")
-    assert "no.jsonl.gz: cannot be read" in mistake(tmp_path / "no.jsonl.gz")
+    assert "no.jsonl.gz: not a gzip file" in mistake(tmp_path / "no.jsonl.gz")
     path = write_jsonl(tmp_path / "y.jsonl", [{"text": "a"}])
     assert "corpus.split" in mistake(path, split="test")
     assert "domain_key" in mistake(path, domain_key="source")
@@ -184,8 +184,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         return imported(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install 'fusejax[hf]'" in mistake("huggingface:some/set")
-    assert "pip install 'fusejax[tfds]'" in mistake("tfds:some_set")
+    assert "pip install datasets" in mistake("huggingface:some/set")
+    assert "pip install tensorflow-datasets importlib_resources" in mistake("tfds:some_set")
 
 
 def test_a_hub_out_of_reach(monkeypatch):
@@ -396,7 +396,7 @@ def test_another_source_only_adds_its_tokens(make_job, tmp_path):
     prepare(make_job(max_length=64, sources=[str(tmp_path / "byte-level coarse")]))
     assert list(Store(folder / "documents")) == before
     assert len(Store(folder / "tokens" / tokenizer("byte-level coarse").fingerprint)) == len(before)
-    with pytest.raises(UserError, match=r"remove .* to split the documents anew"):
+    with pytest.raises(UserError, match=r"split for other tokenizers than that of .*unigram.*; remove"):
         prepare(make_job(max_length=64, sources=[str(tmp_path / "unigram")]))
 
 

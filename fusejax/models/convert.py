@@ -83,8 +83,11 @@ def from_params(tensor: Tensor, arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.reshape(-1, *inputs) for array in rows])
 
 
-def match(folder: Path, family: Family, config: DecoderConfig) -> Views:
-    """Which stored tensor gives which parameter; UserError, naming tensor and file, unless they match one to one."""
+def match(folder: Path, family: Family, config: DecoderConfig, headers_only: bool = False) -> Views:
+    """Which stored tensor gives which parameter; UserError, naming tensor and file, unless they match one to one.
+
+    headers_only: copies of tied tensors are compared by shape alone, so that no tensor is read.
+    """
     stored, shapes = files.tensors(folder), param_shapes(config)
     views: Views = {path: [] for path in shapes}
     known: set[str] = set()
@@ -108,7 +111,7 @@ def match(folder: Path, family: Family, config: DecoderConfig) -> Views:
         for copy in tensor.copies:
             if copy in stored:
                 known.add(copy)
-                _check_copy(copy, stored[copy], names[0], found)
+                _check_copy(copy, stored[copy], names[0], found, headers_only)
         for part, param in enumerate(tensor.params):
             views[param].append((layer, found, tensor, part))
     for name in stored.keys() - known:
@@ -117,8 +120,8 @@ def match(folder: Path, family: Family, config: DecoderConfig) -> Views:
     return views
 
 
-def _check_copy(name: str, copy: files.StoredTensor, of: str, original: files.StoredTensor) -> None:
-    if copy.shape != original.shape or not np.array_equal(copy.read(), original.read()):
+def _check_copy(name: str, copy: files.StoredTensor, of: str, original: files.StoredTensor, headers_only: bool) -> None:
+    if copy.shape != original.shape or not (headers_only or np.array_equal(copy.read(), original.read())):
         raise UserError(
             f"{copy.file}: tensor {name} differs from {of}, though config.json ties them; "
             f"set tie_word_embeddings to false, or remove the tensor"

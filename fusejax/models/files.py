@@ -58,13 +58,26 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None, weights:
     if path.exists():
         raise UserError(f"{path}: is a file; a model is a folder with config.json and model.safetensors")
     name = str(path_or_repo)
-    looks_local = isinstance(path_or_repo, Path) or not _HUB_NAME.fullmatch(name) or name.startswith(".")
-    if looks_local or ("/" in name and path.parent.is_dir()):
+    if isinstance(path_or_repo, Path) or meant_as_folder(name):
         raise UserError(f"{name}: no such folder")
     folder = _download(name, revision, _SMALL_FILES + (_SAFETENSORS if weights else []))
     if weights and not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, _SMALL_FILES + _TORCH)
     return folder
+
+
+def meant_as_folder(name: str) -> bool:
+    """Whether a name that is no folder could only have been meant as one."""
+    in_a_folder = "/" in name and Path(name).expanduser().parent.is_dir()
+    return not _HUB_NAME.fullmatch(name) or name.startswith(".") or in_a_folder
+
+
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub name in the hub's cache where its config.json is there; nothing is asked of the hub."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -1,0 +1,84 @@
+"""Faults of models and corpora, found before any stage does work.
+
+Looks at what is on this machine and asks nothing of a hub: configurations, headers of weight files, tokenizers, and
+the first text of each corpus. No tensor is read.
+"""
+
+from pathlib import Path
+
+from fusejax import corpus, models, tokenizers
+from fusejax.config import Config, ModelConfig
+from fusejax.errors import UserError
+from fusejax.models import convert, families, files
+from fusejax.scoring import check_fits
+from fusejax.tokenizers import Tokenizer
+
+
+def check(config: Config) -> None:
+    """UserError with the first fault of the target, a source or a corpus.
+
+    Hub names are checked as far as they are in the hub's cache; corpora on a hub are left alone.
+    """
+    seen = set()
+    for model in (config.target, *config.sources):
+        key = (model.model, model.revision, model.bos)
+        if key not in seen:
+            seen.add(key)
+            check_model(model)
+    for documents in (config.corpus, config.evaluation.corpus):
+        if documents is not None:
+            corpus.check(documents)
+
+
+def check_model(model: ModelConfig) -> None:
+    """UserError where a model cannot be loaded, names or shapes do not match, or the tokenizer is not the model's."""
+    path = Path(model.model).expanduser()
+    if path.exists() or files.meant_as_folder(model.model):
+        folder = files.local_folder(model.model)
+        _refuse_missing(model.model, folder)
+        _check_weights(folder)
+        _check_tokenizer(Tokenizer.load(model.model, model.revision, model.bos), folder, model.model)
+        return
+    cached = files.cached_folder(model.model, model.revision)
+    if cached is None:
+        return
+    models.read_config(cached)
+    if _has_all_weights(cached):  # what is missing in the cache will be fetched
+        _check_weights(cached)
+    if tokenizers.has_files(cached):
+        _check_tokenizer(Tokenizer.load(str(cached), bos=model.bos), cached, model.model)
+
+
+def _refuse_missing(name: str, folder: Path) -> None:
+    """All that a model folder lacks, in one line."""
+    parts = {
+        "config.json": (folder / "config.json").exists(),
+        "weights (model.safetensors)": _has_weights(folder),
+        "a tokenizer (tokenizer.json)": tokenizers.has_files(folder),
+    }
+    missing = [part for part, there in parts.items() if not there]
+    if missing:
+        raise UserError(f"{name}: not a whole model folder: it lacks {' and '.join(missing)}")
+
+
+def _has_weights(folder: Path) -> bool:
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
+
+
+def _has_all_weights(folder: Path) -> bool:
+    try:
+        files.weight_files(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _check_weights(folder: Path) -> None:
+    values, config = models.read_config(folder)
+    family = families.find(values, str(folder / "config.json"))
+    convert.match(folder, family, config, headers_only=True)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, folder: Path, name: str) -> None:
+    check_fits(tokenizer, models.read_config(folder)[1].vocab_size, name)
