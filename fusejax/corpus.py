@@ -4,7 +4,6 @@ The stage `prepare` writes data/train and, where there is an evaluation corpus, 
 one store of tokens for each distinct tokenizer, all in the same order.
 """
 
-import contextlib
 import io
 import os
 import time
@@ -101,9 +100,8 @@ def check(corpus: CorpusConfig) -> None:
     """UserError where the first text of a corpus on this machine cannot be read; one on a hub is left alone."""
     if corpus.path.startswith(("tfds:", "huggingface:")):
         return
-    with contextlib.closing(reading.texts(corpus)) as found:
-        if next(found, None) is None:
-            raise UserError(f"{corpus.path}: no documents")
+    if next(reading.texts(corpus), None) is None:
+        raise UserError(f"{corpus.path}: no documents")
 
 
 def split_document(document: Document, tokenizers: Sequence[Tokenizer], max_tokens: int) -> list[Document]:
