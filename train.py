@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan.show(job)
         return
 
-    from fusejax import alignment, corpus, evaluation, report, sources, store, training
+    from fusejax import alignment, corpus, evaluation, preflight, report, sources, store, training
 
+    preflight.check(job)  # what would fail after hours
     with store.locked(job.folder):
         corpus.prepare(job)  # documents, tokens, boundaries
         sources.run(job)  # every source's top-k distributions
