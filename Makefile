@@ -1,8 +1,10 @@
 # Two commands on a machine with Python >= 3.11: `make quickstart` and `make test`.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-PYTHON_LATEST ?= $(shell for p in python3.12 python3.13; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+# Also looked for where pyenv keeps versions that are installed but not switched on.
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
+first = $(shell for p in $(1); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON ?= $(call first,python3.11 python3.12 python3.13 python3 $(wildcard $(PYENV)/3.1[123].*/bin/python),11)
+PYTHON_LATEST ?= $(call first,python3.12 python3.13 python3 $(wildcard $(PYENV)/3.1[23].*/bin/python),12)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
