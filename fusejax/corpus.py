@@ -175,7 +175,7 @@ class _Preparation:
         documents = Store(folder)
         todo = [tokenizer for tokenizer in self._tokenizers if self._write_tokens(documents, tokenizer)]
         if done and not todo:
-            say(f"{self._title}: done already ({len(documents)} documents)")
+            say(f"{self._title}: done before, skipped ({len(documents)} documents)")
         return ids
 
     def _read(self, counts: Counter[str] | None = None) -> Iterator[Document]:
@@ -205,7 +205,7 @@ class _Preparation:
         }
         left_out = ", ".join(f"{counts[key]} {what}" for key, what in names.items() if counts[key])
         left_out = f"; left out: {left_out}" if left_out else ""
-        say(f"{self._title}: {len(ids)} documents, {size / 1e6:.1f} M characters{left_out}")
+        say(f"{self._title}: {len(ids)} documents, {size:,} characters{left_out}")
         self._n_documents = len(ids)
         return ids, digest.hexdigest()[:16]
 

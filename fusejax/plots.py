@@ -1,6 +1,7 @@
 """The report's plots, as SVG text that can stand in a page; the same numbers give the same bytes."""
 
 import io
+import itertools
 from typing import Any
 
 import matplotlib
@@ -23,6 +24,7 @@ matplotlib.rcParams.update(
 )
 
 COLORS = {"fused": "#c2410c", "clm": "#2563eb", "target": "#6b7280"}
+SOURCE_COLORS = ("#cbd5e1", "#99c1b9", "#d8b4e2", "#e2cf9b", "#a3b18a", "#f2b5a7")
 
 
 def _svg(figure: Figure) -> str:
@@ -68,10 +70,10 @@ def bits_per_byte(report: dict[str, Any]) -> str:
     columns = list(next(iter(scores.values())))
     figure, axes = plt.subplots(figsize=(8, 3.6))
     width = 0.8 / len(scores)
-    greys = iter(plt.get_cmap("Greys")([0.25 + 0.4 * i / max(1, len(scores)) for i in range(len(scores))]))
+    others = itertools.cycle(SOURCE_COLORS)
     for i, (name, values) in enumerate(scores.items()):
         at = [column + (i - (len(scores) - 1) / 2) * width for column in range(len(columns))]
-        color = COLORS[name] if name in ("fused", "clm") else next(greys)
+        color = COLORS.get(name) or next(others)
         axes.bar(at, [values[column] for column in columns], width * 0.92, label=name, color=color)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylabel("bits per byte")

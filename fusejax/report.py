@@ -145,7 +145,7 @@ def render(config: Config, report: dict[str, Any], histories: dict[str, list[dic
         parts += [_html_table(["run", "steps", "tokens", "CLM loss", "tokens/s"], _training_rows(report))]
     if report["alignment"]:
         parts += ["<h2>Alignment and fusion</h2>", plots.alignment(report)]
-        parts += [_html_table(["source", *_ALIGNMENT.values()], _alignment_rows(report))]
+        parts += [_html_table(["source", *_ALIGNMENT.values(), "rows won"], _alignment_rows(report))]
     parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(dump(config))}</pre>"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     parts += [f"<footer>{html.escape(versions)}</footer>"]
@@ -182,7 +182,11 @@ def _alignment_rows(report: dict[str, Any]) -> list[list[str]]:
             return ""
         return f"{value:.3f}" if key == "mapped_ce" else f"{100 * value:.1f}%"
 
-    return [[name, *(cell(key, values.get(key)) for key in _ALIGNMENT)] for name, values in report["alignment"].items()]
+    won = report["training"].get("fused", {}).get("rows_won", {})
+    return [
+        [name, *(cell(key, values.get(key)) for key in _ALIGNMENT), cell("won", won.get(name))]
+        for name, values in report["alignment"].items()
+    ]
 
 
 def _training_rows(report: dict[str, Any]) -> list[list[str]]:

@@ -76,7 +76,7 @@ class _Pair:
         }
         writer = StoreWriter(self._folder, inputs, len(self._documents))
         if writer.done and writer.summary and (self._folder / _TABLE).exists():
-            say(f"align {self._label}: done already")
+            say(f"align {self._label}: done before, skipped")
             return
         table = self._write_table()
         missing = writer.missing()

@@ -95,7 +95,7 @@ def test_again_does_nothing_and_says_so(make_job, capfd):
     files = {path: path.stat().st_mtime_ns for path in (job.folder / "alignment").rglob("*")}
     capfd.readouterr()
     alignment.run(job)
-    assert capfd.readouterr().out.count("done already") == 2
+    assert capfd.readouterr().out.count("done before, skipped") == 2
     assert files == {path: path.stat().st_mtime_ns for path in (job.folder / "alignment").rglob("*")}
 
 
