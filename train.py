@@ -4,6 +4,7 @@
 Runs every stage that is not done yet; run again after an interruption, it goes on where it stopped.
 """
 
+import argparse
 from collections.abc import Sequence
 
 from fusejax import cli, config
@@ -14,11 +15,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.add_config(parser)
     parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, download and write nothing")
     parser.add_argument(
-        "--no-resume", action="store_true", help="train anew, without the checkpoints of an earlier run"
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="go on from the latest checkpoint (default), or train anew",
     )
     options = parser.parse_args(arguments)
-    overrides = [*options.overrides, *(["checkpoint.resume=false"] if options.no_resume else [])]
-    job = config.load(options.config, overrides)
+    resume = [] if options.resume is None else [f"checkpoint.resume={str(options.resume).lower()}"]
+    job = config.load(options.config, [*options.overrides, *resume])
 
     if options.dry_run:
         from fusejax import plan

@@ -6,16 +6,19 @@ the models' own configurations where they are here, else from the size in their 
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.table import Table
 
+from fusejax import tokenizers
 from fusejax.config import Config, ModelConfig
-from fusejax.corpus import local_size
+from fusejax.corpus import local_size, read_documents
 from fusejax.errors import UserError
 from fusejax.progress import console, say
 
-BYTES_PER_TOKEN = 4.0  # of text, for a corpus whose tokens nobody has counted yet
+BYTES_PER_TOKEN = 4.0  # of text, in a tokenizer that is not on this machine
+_SAMPLE = 100  # documents
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,20 @@ def corpus_tokens(config: Config) -> tuple[float, str]:
     """(tokens of the training corpus, how that is known)."""
     size = local_size(config.corpus)
     if size is not None:
-        return (
-            size / BYTES_PER_TOKEN,
-            f"{size / 1e6:.1f} MB of text on this machine, {BYTES_PER_TOKEN:.0f} bytes a token",
-        )
+        ratio = _bytes_per_token(config)
+        return size / ratio, f"{size / 1e6:.1f} MB of text on this machine, {ratio:.1f} bytes a token"
     if config.corpus.expected_tokens is None:
         return float("nan"), "unknown until the corpus is fetched; set corpus.expected_tokens for a plan"
     return float(config.corpus.expected_tokens), "corpus.expected_tokens"
+
+
+def _bytes_per_token(config: Config) -> float:
+    """Of the first documents in the target's tokenizer, where that is on this machine."""
+    if not Path(config.target.model).is_dir():
+        return BYTES_PER_TOKEN
+    texts = [document.text for document in islice(read_documents(config.corpus), _SAMPLE)]
+    tokens = sum(len(ids) for ids, _ in tokenizers.for_model(config.target).encode_batch(texts))
+    return sum(len(text.encode("utf-8")) for text in texts) / max(tokens, 1)
 
 
 def show(config: Config) -> None:
