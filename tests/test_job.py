@@ -190,6 +190,12 @@ def run_until(path, marker, delay, number=signal.SIGKILL):
     return process.returncode, "".join(seen)
 
 
+def test_a_pipe_that_closes_early_is_no_traceback(write_config):
+    command = f"set -o pipefail; {sys.executable} {TRAIN_PY} {write_config()} --dry-run | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_ctrl_c_is_one_line(write_config):
     code, out = run_until(write_config(), "prepare heldout", 0.0, signal.SIGINT)
     assert code == 130
