@@ -37,7 +37,7 @@ def check_model(model: ModelConfig) -> None:
         folder = files.local_folder(model.model)
         _refuse_missing(model.model, folder)
         _check_weights(folder)
-        _check_tokenizer(Tokenizer.load(model.model, model.revision, model.bos), folder, model.model)
+        _check_tokenizer(tokenizers.for_model(model), folder, model.model)
         return
     cached = files.cached_folder(model.model, model.revision)
     if cached is None:

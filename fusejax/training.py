@@ -6,6 +6,7 @@ on.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,8 +105,6 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 def _forget(folder: Path) -> None:
     """Remove what an earlier run of training left; its inputs and results go together."""
-    import shutil
-
     for name in ("training.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):

@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 
 from fusejax import store
-from fusejax.errors import UserError
 from fusejax.models import convert, families, files
 from fusejax.models.decoder import Decoder, DecoderConfig, fill
 from fusejax.models.families import decoder_config, hf_config
@@ -26,7 +25,6 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "abstract_params",
-    "check_tokenizer",
     "count_parameters",
     "decoder_config",
     "fingerprint",
@@ -106,15 +104,6 @@ def fingerprint(path_or_repo: str | Path, revision: str | None = None) -> str:
     folder = local_folder(path_or_repo, revision)
     _, config = read_config(folder)
     return store.fingerprint([vars(config), files.weights_fingerprint(folder)])
-
-
-def check_tokenizer(n_tokenizer_ids: int, config: DecoderConfig, where: str) -> None:
-    """UserError unless every id of the tokenizer has a row in the model; spare rows are right (padding)."""
-    if n_tokenizer_ids > config.vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has {n_tokenizer_ids} ids, the model only {config.vocab_size} rows; "
-            f"they do not belong together"
-        )
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> nnx.State:

@@ -111,10 +111,3 @@ def test_a_family_cannot_express_another():
         models.hf_config(llama, "mpt")
     with pytest.raises(UserError, match="norm: LlamaForCausalLM cannot express 'layer'"):
         models.hf_config(dataclasses.replace(llama, parallel_residual=True, norm="layer"), "llama")
-
-
-def test_tokenizer_must_fit():
-    config = models.decoder_config(LLAMA)
-    models.check_tokenizer(50, config, "here")
-    with pytest.raises(UserError, match="here: the tokenizer has 51 ids, the model only 50 rows"):
-        models.check_tokenizer(51, config, "here")
