@@ -1,0 +1,61 @@
+"""The runs of a job: which there are, where each lives, and what its result depends on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fusejax import models, store, tokenizers
+from fusejax.config import Config
+from fusejax.errors import UserError
+
+
+def runs(config: Config) -> list[str]:
+    """The runs of a job. Without sources there is nothing to fuse: CLM is the job itself, and the only run."""
+    return ["fused", "clm"] if config.sources and config.evaluation.clm else ["fused"]
+
+
+def run_folder(config: Config, name: str) -> Path:
+    """Where a run's checkpoints, metrics and export are: the output folder itself for `fused`."""
+    return config.folder / "clm" if name == "clm" else config.folder
+
+
+def run_inputs(config: Config, name: str) -> dict[str, Any]:
+    """What determines a run's result, flat: two runs with equal inputs give equal weights."""
+    documents = store.Store(config.folder / "data/train/documents")
+    inputs: dict[str, Any] = {
+        "target": models.fingerprint(config.target.model, config.target.revision),
+        "tokenizer": tokenizers.for_model(config.target).fingerprint,
+        "corpus": store.fingerprint(documents.inputs),
+        "seed": config.seed,
+        "max_length": config.max_length,
+        "compute": config.precision.compute,
+    }
+    sections = ["optimizer", "batch"]
+    if name == "fused" and config.sources:
+        sections += ["loss", "fusion", "alignment"]
+        for source in config.sources:
+            made_from = store.Store(config.folder / "sources" / source.label).inputs
+            inputs[f"source {source.label}"] = store.fingerprint(made_from)
+    for section in sections:
+        for key, value in getattr(config, section).model_dump(mode="json").items():
+            inputs[f"{section}.{key}"] = value
+    return inputs
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / "training.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path}: is damaged; use --no-resume to train anew") from None
+
+
+def forget(folder: Path) -> None:
+    """Remove what an earlier run of training left; its inputs and results go together."""
+    for name in ("training.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
