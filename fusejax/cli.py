@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-from fusejax import __version__, config
+from fusejax import __version__, bench, config
 from fusejax.errors import UserError
 
 # What the stages do, in the order in which `train.py` runs them.
@@ -75,7 +75,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = Parser(prog="fusejax", description="Knowledge fusion of causal language models, in JAX.")
     parser.add_argument("--version", action="version", version=f"fusejax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -87,11 +87,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     inspect.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME")
     inspect.add_argument("--record", type=int, default=0, metavar="N", help="the record to show (default 0)")
+    help_text = "measure what a part costs on this machine"
+    benches = commands.add_parser("bench", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    bench.add_parser(benches, arguments)
     return parser
 
 
 def _command(arguments: Sequence[str] | None) -> None:
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments).parse_args(arguments)
+    if options.command == "bench":
+        bench.run(options)
+        return
     if options.command == "inspect":
         from fusejax import inspection
 

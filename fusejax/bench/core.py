@@ -1,0 +1,197 @@
+"""Measuring: warm-up, interleaved rounds, medians and their spread, ratios, memory, and what the machine is."""
+
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from fusejax.progress import console, progress, say
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured number.
+
+    value: the median, in `unit`. spread: the quartiles of the rounds. ratios: {other case: value / its value}; the
+    first is the one that the JSON calls `ratio_to` and `ratio`. more: further keys of the JSON object.
+    """
+
+    name: str
+    value: float
+    unit: str
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    spread: tuple[float, float] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        ratio_to, ratio = next(iter(self.ratios.items()), (None, None))
+        values = {"name": self.name, "value": self.value, "unit": self.unit, "ratio_to": ratio_to, "ratio": ratio}
+        if len(self.ratios) > 1:
+            values["ratios"] = dict(self.ratios)
+        if self.spread is not None:
+            values["spread"] = list(self.spread)
+        return values | dict(self.more)
+
+
+def measure(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, *, warmup: int = 1, title: str = "bench"
+) -> dict[str, list[float]]:
+    """Seconds of every call, {name: [repeats]}. Arrays that a call returns are waited for.
+
+    The first `warmup` rounds compile and do not count. In every round each function runs once, so that a machine
+    that slows down meanwhile slows down all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    with progress(title, (warmup + repeats) * len(functions)) as bar:
+        for i in range(warmup + repeats):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                jax.block_until_ready(function())
+                if i >= warmup:
+                    seconds[name].append(time.perf_counter() - start)
+                bar.advance(1, name)
+    return seconds
+
+
+def cases(
+    seconds: Mapping[str, Sequence[float]],
+    ratios: Mapping[str, Sequence[str]] | None = None,
+    *,
+    unit: str = "s",
+    amounts: Mapping[str, float] | float | None = None,
+) -> list[Case]:
+    """Medians, quartiles and ratios of what `measure` returned.
+
+    ratios: {case: the others it is divided by}, the quotients of the medians. amounts: how much one call works off
+    (tokens, bytes), of all cases or by name; the values are then amounts per second, and `unit` should say so.
+    """
+
+    def values(name: str) -> list[float]:
+        if amounts is None:
+            return list(seconds[name])
+        amount = amounts[name] if isinstance(amounts, Mapping) else amounts
+        return [amount / s for s in seconds[name]]
+
+    medians = {name: statistics.median(values(name)) for name in seconds}
+    return [
+        Case(
+            name,
+            medians[name],
+            unit,
+            {other: medians[name] / medians[other] for other in (ratios or {}).get(name, ()) if other in medians},
+            _quartiles(values(name)),
+        )
+        for name in seconds
+    ]
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def largest_buffer(compiled: Any) -> int:
+    """Elements of the largest array in a compiled function's module (`jitted.lower(...).compile()`), arguments too."""
+    shapes = re.findall(r"\b(?:pred|[subf]+\d+\w*)\[([\d,]+)\]", compiled.as_text())
+    return max((_elements(shape) for shape in shapes), default=1)
+
+
+def _elements(shape: str) -> int:
+    count = 1
+    for size in shape.split(","):
+        count *= int(size)
+    return count
+
+
+def temporary_bytes(compiled: Any) -> int | None:
+    """Bytes that a compiled function holds at its peak beside its arguments and results, by the compiler's plan."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def device_peak_bytes() -> int | None:
+    """The most memory that was in use on the first device since the process began; None where it keeps no count."""
+    counts = jax.local_devices()[0].memory_stats()
+    return counts.get("peak_bytes_in_use") if counts else None
+
+
+def threads() -> int:
+    """Processor cores that this process may use; XLA's CPU backend starts as many threads."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, memory, versions and devices, for the JSON's `machine`."""
+    device = jax.devices()[0]
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads(),
+        "memory_bytes": _memory_bytes(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "fusejax": version("fusejax"),
+        "jax": version("jax"),
+        "jaxlib": version("jaxlib"),
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def show(what: str, cases: Sequence[Case], machine: Mapping[str, Any]) -> None:
+    """The table for the terminal."""
+    table = Table("case", "median", "quartiles", "ratio", title=f"bench {what}")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for case in cases:
+        spread = "" if case.spread is None else " to ".join(readable(value, case.unit) for value in case.spread)
+        ratios = "\n".join(f"{ratio:.3g} x {other}" for other, ratio in case.ratios.items())
+        table.add_row(case.name, readable(case.value, case.unit), spread, ratios)
+    console.print(table)
+    load = machine["load_average"]
+    load = "" if load is None else f"; load average {load:.1f}"
+    say(
+        f"{machine['cpu']}, {machine['threads']} threads; {machine['devices']} x {machine['device']} "
+        f"({machine['platform']}); jax {machine['jax']}{load}"
+    )
+
+
+def readable(value: float, unit: str) -> str:
+    """`value` with a prefix that suits its size: 12.3 ms, 4.56 GB, 7,890 tokens/s."""
+    if unit == "s":
+        return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
+    if unit == "bytes":
+        for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+            if value >= size:
+                return f"{value / size:.3g} {name}"
+    return (f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}").rstrip()

@@ -1,0 +1,135 @@
+"""`fusejax bench loss`: what fusing costs beside continual training, forward and backward, from hidden states on.
+
+`fused` is `loss.fusion_loss` over sparse targets; `plain` our cross-entropy made the same way; `full logits` the usual
+jax cross-entropy over one [T, V] array; `dense, torch` the arithmetic of the FuseLLM paper's code: dense targets of
+three models, weighed by their rewards, in a soft-target cross-entropy over [T, V] (where torch is installed).
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusejax import fusion, loss
+from fusejax.bench import core, positive
+
+WEIGHT_CLM = 0.9
+SOURCES = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes: every width with every vocabulary."""
+    parser.add_argument("--tokens", type=positive, default=2048, metavar="T", help="rows of one call (default 2048)")
+    parser.add_argument("--hidden", type=positive, nargs="+", default=[512, 2048], metavar="D", help="default 512 2048")
+    parser.add_argument(
+        "--vocab", type=positive, nargs="+", default=[32000, 128256], metavar="V", help="default 32000 128256"
+    )
+    parser.add_argument(
+        "--top-k", type=positive, default=10, metavar="K", help="entries of a source's row (default 10)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; default: float32 on a CPU")
+    parser.add_argument("--no-torch", action="store_true", help="leave the dense arithmetic in torch out")
+
+
+def run(options: argparse.Namespace) -> list[core.Case]:
+    """Times, temporaries and the largest array of each implementation at each size."""
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
+    found: list[core.Case] = []
+    for vocab in options.vocab:
+        for hidden in options.hidden:
+            found += _size(options, hidden, vocab, dtype, with_torch)
+    return found
+
+
+def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with_torch: bool) -> list[core.Case]:
+    suffix = f", D={hidden} V={vocab}"
+    example = make_example(options.tokens, hidden, vocab, options.top_k, dtype)
+    functions: dict[str, Callable[[], Any]] = {}
+    memory: list[core.Case] = []
+    for name, function in {"fused": fused, "plain": plain, "full logits": full_logits}.items():
+        arguments = example[:5] if name == "fused" else example[:3]
+        compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(*arguments).compile()
+        functions[name + suffix] = partial(compiled, *arguments)
+        memory += _memory(name + suffix, compiled, options.tokens * vocab)
+    if with_torch:
+        functions["dense, torch" + suffix] = torch_dense(example)
+    others = [name for name in functions if not name.startswith("fused")]
+    seconds = core.measure(functions, options.repeats, title=f"loss{suffix}")
+    return core.cases(seconds, {"fused" + suffix: others}) + memory
+
+
+def _memory(name: str, compiled: Any, elements: int) -> list[core.Case]:
+    temporaries = core.temporary_bytes(compiled)
+    largest = core.largest_buffer(compiled)
+    found = [core.Case(f"{name}: largest array / (T·V)", largest / elements, "")]
+    if temporaries is not None:
+        found.insert(0, core.Case(f"{name}: temporaries", temporaries, "bytes"))
+    return found
+
+
+def make_example(tokens: int, hidden: int, vocab: int, top_k: int, dtype: str) -> tuple[jax.Array, ...]:
+    """(hidden [T, D], unembedding [D, V], labels [T]; fused ids and probabilities [T, K]; the sources' [T, S, K])."""
+    rng = np.random.default_rng(0)
+    states = jnp.asarray(rng.standard_normal((tokens, hidden), np.float32), dtype)
+    unembedding = jnp.asarray(rng.standard_normal((hidden, vocab), np.float32) / np.sqrt(hidden), dtype)
+    labels = jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32)
+    ids = jnp.asarray(rng.integers(0, vocab, (tokens, SOURCES, top_k)), jnp.int32)
+    probs = rng.dirichlet(np.full(top_k + 1, 0.3), (tokens, SOURCES))[..., :top_k]
+    probs = jnp.asarray(-np.sort(-probs, -1), jnp.float32)
+    fused = fusion.fuse(
+        ids, probs, jnp.ones((tokens, SOURCES), bool), jnp.asarray(rng.random((tokens, SOURCES))), labels
+    )
+    return states, unembedding, labels, fused.ids, fused.probs, ids, probs
+
+
+def fused(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
+    """λ · CLM + (1 − λ) · fusion, the defaults of training."""
+    return loss.fusion_loss(hidden, unembedding, labels, ids, probs, weight_clm=WEIGHT_CLM).total
+
+
+def plain(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array) -> jax.Array:
+    """CLM alone, by the same blocks."""
+    return loss.clm_loss(hidden, unembedding, labels).total
+
+
+def full_logits(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array) -> jax.Array:
+    """CLM alone, over all logits at once."""
+    logits_TV = jnp.dot(hidden, unembedding, preferred_element_type=jnp.float32)
+    at_label_T = jnp.take_along_axis(logits_TV, labels[:, None], -1)[:, 0]
+    return jnp.sum(jax.nn.logsumexp(logits_TV, -1) - at_label_T)
+
+
+def torch_dense(example: tuple[jax.Array, ...]) -> Callable[[], Any]:
+    """The loss of the paper's code; each source's bfloat16 targets [T, V] are made beforehand, as its collator does."""
+    import torch
+
+    torch.set_num_threads(core.threads())
+    states, unembedding, labels, _, _, ids, probs = (np.asarray(x.astype(jnp.float32)) for x in example)
+    hidden = torch.tensor(states, requires_grad=True)
+    weight = torch.tensor(unembedding, requires_grad=True)
+    label = torch.tensor(labels, dtype=torch.long)
+    T, V = len(labels), unembedding.shape[1]
+    dense = []
+    for s in range(ids.shape[1]):
+        rows = torch.zeros((T, V), dtype=torch.bfloat16)
+        part = torch.tensor(probs[:, s] / probs[:, s].sum(-1, keepdims=True), dtype=torch.bfloat16)
+        dense.append(rows.scatter_(1, torch.tensor(ids[:, s], dtype=torch.long), part))
+    rewards = torch.eye(len(dense), dtype=torch.bfloat16)[torch.arange(T) % len(dense)]
+
+    def step() -> Any:
+        hidden.grad = weight.grad = None
+        logits = hidden @ weight
+        target = sum(rewards[:, s : s + 1] * rows for s, rows in enumerate(dense))
+        soft = torch.nn.functional.cross_entropy(logits, target.to(logits.dtype), reduction="sum")
+        hard = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
+        total = WEIGHT_CLM * hard + (1 - WEIGHT_CLM) * soft
+        total.backward()
+        return float(total.detach())
+
+    return step

@@ -1,0 +1,83 @@
+"""The bench command: valid JSON with the promised keys, whatever the sizes; nothing here asserts a time."""
+
+import json
+import statistics
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fusejax import cli
+from fusejax.bench import core
+
+
+def run(tmp_path, *arguments):
+    path = tmp_path / "bench.json"
+    cli.main(["bench", *arguments, "--json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_loss_writes_cases_and_machine(tmp_path, capsys):
+    result = run(tmp_path, "loss", "--tokens", "32", "--hidden", "8", "--vocab", "64", "--top-k", "3", "--repeats", "2")
+    assert set(result) == {"cases", "machine"}
+    assert {"cpu", "cores", "threads", "jax", "jaxlib", "platform", "device"} <= set(result["machine"])
+    by_name = {case["name"]: case for case in result["cases"]}
+    for case in by_name.values():
+        assert {"name", "value", "unit", "ratio_to", "ratio"} <= set(case)
+    fused = by_name["fused, D=8 V=64"]
+    assert fused["unit"] == "s"
+    assert fused["ratio"] == pytest.approx(fused["value"] / by_name[fused["ratio_to"]]["value"])
+    assert fused["spread"][0] <= fused["value"] <= fused["spread"][1]
+    assert "fused, D=8 V=64" in capsys.readouterr().out
+
+
+def test_rounds_are_interleaved_and_warm_up_is_left_out():
+    calls = []
+    seconds = core.measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_medians_ratios_and_rates():
+    seconds = {"slow": [4.0, 2.0, 9.0], "fast": [1.0, 3.0, 2.0]}
+    slow, fast = core.cases(seconds, {"slow": ["fast", "absent"]})
+    assert (slow.value, dict(slow.ratios), fast.ratios) == (4.0, {"fast": 2.0}, {})
+    assert slow.spread == (3.0, 6.5)
+    rate, _ = core.cases(seconds, unit="tokens/s", amounts={"slow": 8.0, "fast": 1.0})
+    assert rate.value == statistics.median([2.0, 4.0, 8 / 9])
+    assert core.Case("x", 1.0, "s", {"a": 2.0, "b": 3.0}).as_json() == {
+        "name": "x", "value": 1.0, "unit": "s", "ratio_to": "a", "ratio": 2.0, "ratios": {"a": 2.0, "b": 3.0},
+    }  # fmt: skip
+
+
+def test_largest_buffer_and_temporaries():
+    compiled = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.outer(x, x), 0))).lower(jnp.zeros(30)).compile()
+    assert core.largest_buffer(compiled) == 900
+    assert core.temporary_bytes(compiled) >= 900 * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(2.5, "s", "2.5 s"), (0.0123, "s", "12.3 ms"), (4e-6, "s", "4 µs"), (4.56e9, "bytes", "4.56 GB"),
+     (7890.4, "tokens/s", "7,890 tokens/s"), (0.25, "", "0.25")],
+)  # fmt: skip
+def test_values_are_readable(value, unit, text):
+    assert core.readable(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["los"], "invalid choice: 'los'"),
+        (["loss", "--repeats", "0"], "at least 1"),
+        (["loss", "--tokens", "8", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
+        (["loss", "--vocab", "x"], "'x' should be a whole number"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["bench", *arguments])
+    assert raised.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
