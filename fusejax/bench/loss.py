@@ -52,7 +52,8 @@ def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with
     example = make_example(options.tokens, hidden, vocab, options.top_k, dtype)
     functions: dict[str, Callable[[], Any]] = {}
     memory: list[core.Case] = []
-    for name, function in {"fused": fused, "plain": plain, "full logits": full_logits}.items():
+    implementations: dict[str, Callable[..., jax.Array]] = {"fused": fused, "plain": plain, "full logits": full_logits}
+    for name, function in implementations.items():
         arguments = example[:5] if name == "fused" else example[:3]
         compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(*arguments).compile()
         functions[name + suffix] = partial(compiled, *arguments)
@@ -80,8 +81,8 @@ def make_example(tokens: int, hidden: int, vocab: int, top_k: int, dtype: str) -
     unembedding = jnp.asarray(rng.standard_normal((hidden, vocab), np.float32) / np.sqrt(hidden), dtype)
     labels = jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32)
     ids = jnp.asarray(rng.integers(0, vocab, (tokens, SOURCES, top_k)), jnp.int32)
-    probs = rng.dirichlet(np.full(top_k + 1, 0.3), (tokens, SOURCES))[..., :top_k]
-    probs = jnp.asarray(-np.sort(-probs, -1), jnp.float32)
+    raw = rng.dirichlet(np.full(top_k + 1, 0.3), (tokens, SOURCES))[..., :top_k]
+    probs = jnp.asarray(-np.sort(-raw, -1), jnp.float32)
     fused = fusion.fuse(
         ids, probs, jnp.ones((tokens, SOURCES), bool), jnp.asarray(rng.random((tokens, SOURCES))), labels
     )
@@ -125,7 +126,9 @@ def torch_dense(example: tuple[jax.Array, ...]) -> Callable[[], Any]:
     def step() -> Any:
         hidden.grad = weight.grad = None
         logits = hidden @ weight
-        target = sum(rewards[:, s : s + 1] * rows for s, rows in enumerate(dense))
+        target = torch.zeros_like(dense[0])
+        for s, rows in enumerate(dense):
+            target = target + rewards[:, s : s + 1] * rows
         soft = torch.nn.functional.cross_entropy(logits, target.to(logits.dtype), reduction="sum")
         hard = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
         total = WEIGHT_CLM * hard + (1 - WEIGHT_CLM) * soft
