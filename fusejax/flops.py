@@ -2,11 +2,11 @@
 
 Counted: matrix products, a multiply-add being two operations. Per token, forward, in a causal sequence of L tokens:
 
-    2 · parameters of the matrices that multiply the token + 2 · n_layers · n_heads · head_dim · L
+    2 · parameters of the matrices that multiply the token + 4 · n_heads · head_dim · Σ_layers min(L/2, window)
 
-the unembedding among the matrices, the second term being scores and values over L/2 earlier tokens on average. The
-backward pass costs twice the forward; recomputation under remat is not counted (model FLOPs,
-as in the PaLM paper, appendix B).
+the unembedding and the token's own experts among the matrices, the second term being scores and values over L/2 earlier
+tokens on average, or the window's. The backward pass costs twice the forward; recomputation under remat is not counted
+(model FLOPs, as in the PaLM paper, appendix B).
 """
 
 from fusejax.models import DecoderConfig
@@ -35,8 +35,13 @@ def forward_per_token(config: DecoderConfig, length: int) -> float:
     kv_heads = config.n_kv_heads * config.head_dim
     attention = config.d_model * (2 * heads + 2 * kv_heads)
     mlp = config.d_model * config.d_mlp * (3 if config.gated_mlp else 2)
-    matrices = config.n_layers * (attention + mlp) + config.d_model * config.vocab_size
-    return 2.0 * matrices + 2.0 * config.n_layers * heads * length
+    if config.n_experts:
+        mlp = config.experts_per_token * mlp + config.d_model * config.n_experts
+    width = config.embedding_dim or config.d_model
+    projections = 2 * config.d_model * width if config.embedding_dim else 0
+    matrices = config.n_layers * (attention + mlp) + projections + width * config.vocab_size
+    seen = sum(min(length / 2, config.window or length) if window else length / 2 for window in config.has_window)
+    return 2.0 * matrices + 4.0 * heads * seen
 
 
 def training_per_token(config: DecoderConfig, length: int) -> float:

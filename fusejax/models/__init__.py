@@ -17,7 +17,8 @@ from flax import nnx
 
 from fusejax import store
 from fusejax.models import convert, families, files
-from fusejax.models.decoder import Decoder, DecoderConfig, fill
+from fusejax.models.config import DecoderConfig
+from fusejax.models.decoder import Decoder, fill
 from fusejax.models.families import decoder_config, hf_config
 from fusejax.models.files import local_folder
 

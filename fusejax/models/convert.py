@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,25 @@ from flax import nnx
 
 from fusejax.errors import UserError
 from fusejax.models import files
-from fusejax.models.decoder import Decoder, DecoderConfig, fill
+from fusejax.models.config import DecoderConfig
+from fusejax.models.decoder import Decoder, fill
 from fusejax.models.families import Family, Tensor
 from fusejax.progress import progress
 
 _SHOW_PROGRESS_ABOVE = 1 << 29  # bytes of parameters
 
 Shapes = dict[str, tuple[int, ...]]  # parameter path → shape of one layer
-Views = dict[str, list[tuple[int, files.StoredTensor, Tensor, int]]]  # path → (layer, stored, table entry, part)
+# path → (layer, entry of the first dimension or None for all, stored, table entry, part)
+Views = dict[str, list[tuple[int, int | None, files.StoredTensor, Tensor, int]]]
+
+
+class Named(NamedTuple):
+    """A tensor of a checkpoint by its name on disk."""
+
+    name: str
+    tensor: Tensor
+    layer: int
+    entry: int | None  # of the parameter's first dimension, None for all
 
 
 def dotted(path: tuple[Any, ...]) -> str:
@@ -38,49 +49,72 @@ def param_shapes(config: DecoderConfig) -> Shapes:
     }
 
 
-def expected(family: Family, config: DecoderConfig) -> Iterator[tuple[str, Tensor, int]]:
-    """(name on disk, table entry, layer) of every tensor that the family's checkpoints hold."""
-    for tensor in family.tensors(config):
+def expected(tensors: Iterable[Tensor], config: DecoderConfig, shapes: Shapes) -> Iterator[Named]:
+    """Every tensor that checkpoints with these entries hold."""
+    for tensor in tensors:
+        entries = range(shapes[tensor.params[0]][0]) if "{j}" in tensor.name else (None,)
         for layer in range(config.n_layers if "{i}" in tensor.name else 1):
-            yield tensor.name.format(i=layer), tensor, layer
+            for entry in entries:
+                yield Named(tensor.name.format(i=layer, j=entry), tensor, layer, entry)
+
+
+def _own_shapes(tensor: Tensor, shapes: Shapes) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Dimensions in front that the tensor has as its parameters do, and the parameters' shapes without them."""
+    skipped = int(tensor.stacked or "{j}" in tensor.name)
+    front = shapes[tensor.params[0]][:skipped] if tensor.stacked else ()
+    return front, [shapes[param][skipped:] for param in tensor.params]
 
 
 def stored_shape(tensor: Tensor, shapes: Shapes) -> tuple[int, ...]:
     """The shape that a table entry's tensor has on disk."""
-    first = shapes[tensor.params[0]]
+    front, own = _own_shapes(tensor, shapes)
     if tensor.embedding:
-        return first
-    rows = sum(math.prod(shapes[param][tensor.n_in :]) for param in tensor.params)
-    return (rows, math.prod(first[: tensor.n_in])) if tensor.n_in else (rows,)
+        return own[0]
+    rows = sum(math.prod(shape[tensor.n_in :]) for shape in own)
+    matrix = (rows, math.prod(own[0][: tensor.n_in])) if tensor.n_in else (rows,)
+    return front + (matrix[::-1] if tensor.transposed else matrix)
 
 
 def to_param(tensor: Tensor, array: np.ndarray, part: int, shapes: Shapes) -> np.ndarray:
-    """The parameter `tensor.params[part]` out of the tensor on disk, as a view."""
-    shape = shapes[tensor.params[part]]
+    """The parameter `tensor.params[part]` out of the tensor on disk, as a view.
+
+    Of a tensor that is one entry of its parameters' first dimension: that entry.
+    """
+    front, own = _own_shapes(tensor, shapes)
     if tensor.embedding:
         return array
-    inputs, outputs = shape[: tensor.n_in], shape[tensor.n_in :]
-    rows = [math.prod(shapes[param][tensor.n_in :]) for param in tensor.params]
-    if tensor.interleaved:
-        heads, features = outputs
-        array = array.reshape(heads, len(rows), features, *array.shape[1:])[:, part]
-    else:
-        array = array[sum(rows[:part]) : sum(rows[: part + 1])]
-    array = array.reshape(*outputs, *inputs)
-    return array.transpose(*range(len(outputs), len(shape)), *range(len(outputs)))
+    if tensor.transposed:
+        array = np.swapaxes(array, -1, -2)
+    inputs, outputs = own[part][: tensor.n_in], own[part][tensor.n_in :]
+    rows = [math.prod(shape[tensor.n_in :]) // tensor.groups for shape in own]
+    array = array.reshape(*front, tensor.groups, sum(rows), *array.shape[len(front) + 1 :])
+    array = array[(slice(None),) * (len(front) + 1) + (slice(sum(rows[:part]), sum(rows[: part + 1])),)]
+    array = array.reshape(*front, *outputs, *inputs)
+    return _swap(array, len(front), len(outputs))
 
 
 def from_params(tensor: Tensor, arrays: list[np.ndarray]) -> np.ndarray:
-    """The tensor on disk from its parameters, the inverse of `to_param`."""
+    """The tensor on disk from its parameters (or their entries), the inverse of `to_param`."""
     if tensor.embedding:
         return arrays[0]
-    n_in = tensor.n_in
-    rows = [array.transpose(*range(n_in, array.ndim), *range(n_in)) for array in arrays]
-    inputs = (math.prod(arrays[0].shape[:n_in]),) if n_in else ()
-    if tensor.interleaved:
-        rows = [array.reshape(*array.shape[:2], *inputs) for array in rows]
-        return np.stack(rows, axis=1).reshape(-1, *inputs)
-    return np.concatenate([array.reshape(-1, *inputs) for array in rows])
+    n_front = int(tensor.stacked)
+    front = arrays[0].shape[:n_front]
+    inputs = (math.prod(arrays[0].shape[n_front : n_front + tensor.n_in]),) if tensor.n_in else ()
+    rows = [_swap(array, n_front, tensor.n_in).reshape(*front, tensor.groups, -1, *inputs) for array in arrays]
+    matrix = np.concatenate(rows, axis=n_front + 1).reshape(*front, -1, *inputs)
+    return np.swapaxes(matrix, -1, -2) if tensor.transposed else matrix
+
+
+def _swap(array: np.ndarray, front: int, first: int) -> np.ndarray:
+    """The `first` dimensions after those in front go to the end."""
+    return array.transpose(*range(front), *range(front + first, array.ndim), *range(front, front + first))
+
+
+def _layout(family: Family, config: DecoderConfig, stored: dict[str, Any], shapes: Shapes) -> list[Named]:
+    """The family's tensors, in whichever of its layouts has more of them stored."""
+    layouts = [family.tensors] + ([family.other_tensors] if family.other_tensors else [])
+    named = [list(expected(tensors(config), config, shapes)) for tensors in layouts]
+    return max(named, key=lambda layout: sum(entry.name in stored for entry in layout) / len(layout))
 
 
 def match(folder: Path, family: Family, config: DecoderConfig, headers_only: bool = False) -> Views:
@@ -91,7 +125,7 @@ def match(folder: Path, family: Family, config: DecoderConfig, headers_only: boo
     stored, shapes = files.tensors(folder), param_shapes(config)
     views: Views = {path: [] for path in shapes}
     known: set[str] = set()
-    for name, tensor, layer in expected(family, config):
+    for name, tensor, layer, entry in _layout(family, config, stored, shapes):
         names = [candidate for candidate in (name, *tensor.aliases) if candidate in stored]
         if not names:
             file = files.weight_files(folder)[0]
@@ -113,7 +147,7 @@ def match(folder: Path, family: Family, config: DecoderConfig, headers_only: boo
                 known.add(copy)
                 _check_copy(copy, stored[copy], names[0], found, headers_only)
         for part, param in enumerate(tensor.params):
-            views[param].append((layer, found, tensor, part))
+            views[param].append((layer, entry, found, tensor, part))
     for name in stored.keys() - known:
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             raise UserError(f"{stored[name].file}: tensor {name} is unknown: {family.architecture} has none such")
@@ -151,19 +185,16 @@ def _place(
     views: Views, shapes: Shapes, path: tuple[Any, ...], variable: nnx.Param, mesh: Any, dtype: Any
 ) -> jax.Array:
     shape, param = tuple(variable.shape), dotted(path)
-    by_layer = sorted(views[param], key=lambda view: view[0])
     stacked = path[0] == "blocks"
 
     def shard(index: Any) -> np.ndarray:
-        dims = [len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)]
-        result = np.empty(dims, jnp.dtype(dtype))
-        layers = by_layer[index[0]] if stacked else by_layer
-        for row, (_, stored, tensor, part) in enumerate(layers):
-            view = to_param(tensor, stored.read(), part, shapes)
-            if stacked:
-                result[row] = view[index[1:]]
-            else:
-                result[...] = view[index]
+        starts, stops, _ = zip(*(cut.indices(size) for cut, size in zip(index, shape, strict=True)), strict=True)
+        result = np.empty(np.subtract(stops, starts), jnp.dtype(dtype))
+        for layer, entry, stored, tensor, part in views[param]:
+            at = ((layer,) if stacked else ()) + (() if entry is None else (entry,))
+            own = tuple(np.subtract(at, starts[: len(at)]).tolist())  # where this part is in the shard, if it is
+            if all(0 <= i < size for i, size in zip(own, result.shape, strict=False)):
+                result[own] = to_param(tensor, stored.read(), part, shapes)[index[len(at) :]]
         return result
 
     if mesh is None:
@@ -179,19 +210,23 @@ def stored_tensors(model: Decoder, family: Family, dtype: Any) -> Iterator[tuple
     values = {dotted(path): variable[...] for path, variable in nnx.to_flat_state(params)}
     shapes = param_shapes(model.config)
 
-    def read(tensor: Tensor, layer: int) -> np.ndarray:
-        parts = [to_host(values[param], layer if param.startswith("blocks.") else None) for param in tensor.params]
-        return np.ascontiguousarray(from_params(tensor, parts)).astype(jnp.dtype(dtype))
+    def read(named: Named) -> np.ndarray:
+        parts = [
+            to_host(values[param], (named.layer,) if param.startswith("blocks.") else ())
+            for param in named.tensor.params
+        ]
+        if named.entry is not None:
+            parts = [part[named.entry] for part in parts]
+        return np.ascontiguousarray(from_params(named.tensor, parts)).astype(jnp.dtype(dtype))
 
-    for name, tensor, layer in expected(family, model.config):
-        yield name, stored_shape(tensor, shapes), partial(read, tensor, layer)
+    for named in expected(family.tensors(model.config), model.config, shapes):
+        yield named.name, stored_shape(named.tensor, shapes), partial(read, named)
 
 
-def to_host(array: jax.Array, layer: int | None) -> np.ndarray:
-    """The array, or one layer of it, on this host, gathered from the others where it spans them."""
+def to_host(array: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+    """The array, or its entry `at` of the first dimensions, on this host, gathered from the others if need be."""
     if array.is_fully_addressable:
-        whole = np.asarray(array)  # kept by the array: the next layer costs nothing
-        return whole if layer is None else whole[layer]
+        return np.asarray(array)[at]  # the whole is kept by the array: the next layer costs nothing
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(array if layer is None else array[layer], tiled=True))
+    return np.asarray(multihost_utils.process_allgather(array[at], tiled=True))

@@ -1,8 +1,10 @@
 """Reading a config.json: every mistake is one line that names the file, the key and its value."""
 
+import math
 from typing import Any
 
 from fusejax.errors import UserError
+from fusejax.models.config import DecoderConfig, RopeScaling
 
 # Hugging Face's names of activations, the first of each being the one we write.
 ACTIVATION_NAMES = {
@@ -45,6 +47,14 @@ class Keys:
             raise UserError(f"{self.where}: {key}: {value!r} should be a number")
         return float(value)
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of so many numbers."""
+        value = self.get(key)
+        right = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+        if not right or len(value) != count:
+            raise UserError(f"{self.where}: {key}: {value!r} should be a list of {count} numbers")
+        return tuple(float(x) for x in value)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
@@ -69,26 +79,111 @@ class Keys:
         known = ", ".join(name for group in ACTIVATION_NAMES.values() for name in group)
         raise UserError(f"{self.where}: {key}: {value!r} is not supported; supported: {known}")
 
-    def rope(self, theta_key: str, fraction_key: str | None, fraction: float) -> tuple[float, float]:
-        """(theta, share of each head that is rotated), from `rope_parameters` or from the older keys."""
-        theta = self.number(theta_key, 10000.0)
-        fraction = self.number(fraction_key, fraction) if fraction_key else fraction
-        for section in ("rope_parameters", "rope_scaling"):
-            keys = self.inside(section)
-            for name in ("rope_type", "type"):
-                keys.only(name, "default")
-            for name, value in keys.values.items():
-                if isinstance(value, dict):
-                    keys.refuse(name, value, "one set of rope parameters for all layers")
-            theta = keys.number("rope_theta", theta)
-            if fraction_key:
-                fraction = keys.number("partial_rotary_factor", fraction)
-            else:
-                keys.only("partial_rotary_factor", 1)
-        return theta, fraction
+    def optional(self, key: str, default: float | None) -> float | None:
+        """A number, or None where the key is null; a whole one stays whole."""
+        if key in self.values and self.values[key] is None:
+            return None
+        if default is None and self.get(key) is None:
+            return None
+        value = self.number(key, default or 0.0)
+        return int(value) if value.is_integer() else value
+
+    def replaced(self, **values: Any) -> "Keys":
+        """These keys with other values, or with one that is missing."""
+        return Keys(self.values | values, self.where, self.architecture)
+
+    def with_default(self, key: str, default: Any) -> "Keys":
+        return self if self.get(key) is not None else self.replaced(**{key: default})
+
+    def rope(
+        self,
+        head_dim: int,
+        max_length: int,
+        theta: float = 10000.0,
+        fraction: float = 1.0,
+        theta_key: str = "rope_theta",
+        fraction_key: str = "partial_rotary_factor",
+    ) -> dict[str, Any]:
+        """`rotary_dim`, `rope_theta` and `rope_scaling`, from `rope_parameters`, `rope_scaling` or the older keys."""
+        name = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
+        section = self.inside(name)
+        for key, value in section.values.items():
+            if isinstance(value, dict):
+                section.refuse(key, value, "one set of rope parameters for all layers")
+        theta = section.number("rope_theta", self.number(theta_key, theta))
+        fraction = section.number("partial_rotary_factor", self.number(fraction_key, fraction))
+        dim = int(head_dim * fraction)
+        if dim % 2 or not 0 < dim <= head_dim:
+            self.refuse(fraction_key, fraction, f"an even number of each head's {head_dim} features")
+        original = self.get("original_max_position_embeddings", section.get("original_max_position_embeddings"))
+        scaling = _rope_scaling(section, dim, max_length, original)
+        return {"rotary_dim": dim, "rope_theta": theta, "rope_scaling": scaling}
 
     def heads(self, d_model: int, n_heads: int) -> int:
         """Features of a head where they share the model's width."""
         if d_model % n_heads:
             raise UserError(f"{self.where}: a width of {d_model} does not divide into {n_heads} attention heads")
         return d_model // n_heads
+
+
+def _rope_scaling(keys: Keys, rotary_dim: int, max_length: int, original: Any) -> RopeScaling | None:
+    """The scaling that a section `rope_parameters` or `rope_scaling` describes (transformers' names)."""
+    kind = keys.get("rope_type", keys.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "su":  # longrope's first name
+        kind = "longrope"
+    if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope"):
+        keys.refuse("rope_type", kind, "default, linear, dynamic, yarn, llama3, longrope")
+    if kind in ("linear", "dynamic"):
+        original = max_length
+    length = max_length if original is None else original
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise UserError(f"{keys.where}: original_max_position_embeddings: {length!r} should be a whole number above 0")
+    if kind not in ("yarn", "longrope") and keys.get("factor") is None:
+        raise UserError(f"{keys.where}: the key factor is missing")
+    factor = keys.number("factor", max_length / length)
+    values: dict[str, Any] = {"kind": kind, "factor": factor, "original_length": length}
+    if kind == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor"):
+            if keys.get(key) is None:
+                raise UserError(f"{keys.where}: the key {key} is missing")
+            values[key] = keys.number(key, 0.0)
+    if kind == "yarn":
+        values |= {"beta_fast": keys.number("beta_fast", 32.0), "beta_slow": keys.number("beta_slow", 1.0)}
+        values |= {"truncate": keys.flag("truncate", True), "attention_factor": _yarn_attention(keys, factor)}
+    if kind == "longrope":
+        grown = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+        values["attention_factor"] = keys.number("attention_factor", grown)
+        for key in ("short_factor", "long_factor"):
+            values[f"{key}s"] = keys.numbers(key, rotary_dim // 2)
+    return RopeScaling(**values)
+
+
+def _yarn_attention(keys: Keys, factor: float) -> float:
+    """The factor of cos and sin (YaRN, Peng et al. 2023, section 3.4; with DeepSeek's two scales)."""
+
+    def grown(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scale, all_dim = keys.number("mscale", 0.0), keys.number("mscale_all_dim", 0.0)
+    return keys.number("attention_factor", grown(scale) / grown(all_dim) if scale and all_dim else grown(1.0))
+
+
+def write_rope(c: DecoderConfig) -> dict[str, Any]:
+    """config.json's keys for rotary positions, those that every version of transformers reads."""
+    s = c.rope_scaling
+    if s is None:
+        return {"rope_theta": c.rope_theta}
+    values: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind not in ("linear", "dynamic"):
+        values["original_max_position_embeddings"] = s.original_length
+    if s.kind in ("yarn", "longrope"):
+        values["attention_factor"] = s.attention_factor
+    if s.kind == "yarn":
+        values |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
+    if s.kind == "llama3":
+        values |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+    if s.kind == "longrope":
+        values |= {"short_factor": list(s.short_factors), "long_factor": list(s.long_factors)}
+    return {"rope_theta": c.rope_theta, "rope_scaling": values}

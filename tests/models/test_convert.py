@@ -146,7 +146,7 @@ def test_interleaved_and_stacked_tensors_split_as_documented():
     """GPT-NeoX: for each head its query, key and value rows; the inverse puts them back."""
     config = models.decoder_config(NEOX)
     shapes, family = convert.param_shapes(config), families.find(NEOX, "test")
-    tensor = next(t for t in family.tensors(config) if t.interleaved)
+    tensor = next(t for t in family.tensors(config) if t.groups > 1)
     array = np.arange(24 * 8, dtype=np.float32).reshape(24, 8)
     query, key, value = (convert.to_param(tensor, array, part, shapes) for part in range(3))
     assert query.shape == (8, 2, 4)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from fusejax import models
 from fusejax.models import attention
-from fusejax.models.decoder import ACTIVATIONS
+from fusejax.models.layers import ACTIVATIONS
 
 LLAMA = models.DecoderConfig(
     vocab_size=40, d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, d_mlp=24, max_length=32, rotary_dim=4,

@@ -73,11 +73,19 @@ def test_published_configurations():
         (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "architecture LlamaForSequenceClassification"),
         (
             dict(model_type="x"),
-            "model_type 'x' is not supported; supported: LlamaForCausalLM, MptForCausalLM, GPTNeoXFo",
+            "model_type 'x' is not supported; supported: LlamaForCausalLM, MistralForCausalLM, ",
         ),
-        (LLAMA | dict(rope_scaling=dict(type="linear", factor=2.0)), "c.json: rope_scaling: type: 'linear' is not"),
-        (LLAMA | dict(rope_scaling=dict(rope_type="llama3")), "rope_scaling: rope_type: 'llama3' is not supported"),
-        (LLAMA | dict(rope_parameters=dict(rope_type="yarn")), "rope_parameters: rope_type: 'yarn' is not supported"),
+        (LLAMA | dict(rope_scaling=dict(type="ntk", factor=2.0)), "c.json: rope_scaling: rope_type: 'ntk' is not"),
+        (LLAMA | dict(rope_scaling=dict(type="linear")), "c.json: rope_scaling: the key factor is missing"),
+        (LLAMA | dict(rope_scaling=dict(rope_type="llama3", factor=2)), "scaling: the key low_freq_factor is missing"),
+        (
+            LLAMA | dict(rope_scaling=dict(rope_type="longrope", long_factor=[1, 2])),
+            r"short_factor: None should be a list of 2 numbers",
+        ),
+        (
+            LLAMA | dict(rope_scaling=dict(rope_type="yarn", factor=2, original_max_position_embeddings="8")),
+            "original_max_position_embeddings: '8' should be a whole number",
+        ),
         (LLAMA | dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor: 0.5 is not"),
         (LLAMA | dict(rope_parameters=dict(full_attention={})), "rope_parameters: full_attention: {} is not"),
         (LLAMA | dict(hidden_act="quick_gelu"), "hidden_act: 'quick_gelu' is not supported; supported: silu"),
@@ -100,6 +108,35 @@ def test_published_configurations():
     ],
 )
 def test_refused_by_key_and_value(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        models.decoder_config(values, "c.json")
+    assert "\n" not in str(caught.value)
+
+
+GEMMA = LLAMA | dict(head_dim=4, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("MistralForCausalLM", dict(layer_types=["full_attention"]), "layer_types: .* is not supported for Mistral"),
+        ("MixtralForCausalLM", dict(num_experts_per_tok=9), "num_experts_per_tok: 9 is not .* at most 8"),
+        ("Qwen2ForCausalLM", dict(layer_types=["chunked_attention"]), "layer_types: .*chunked.* is not"),
+        ("Qwen3ForCausalLM", dict(layer_types=["full_attention"] * 2), "layer_types: .* supported: 1 of sliding_att"),
+        ("GemmaForCausalLM", dict(use_bidirectional_attention=True), "use_bidirectional_attention: True is not"),
+        ("Gemma2ForCausalLM", dict(use_bidirectional_attention=True), "use_bidirectional_attention: True is not"),
+        ("Gemma2ForCausalLM", dict(final_logit_softcapping="x"), "final_logit_softcapping: 'x' should be a number"),
+        ("Gemma3ForCausalLM", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping: 50.0 is not .*: null"),
+        (
+            "Gemma3ForCausalLM",
+            dict(rope_parameters=dict(sliding_attention=dict(rope_type="linear", factor=2))),
+            "rope_parameters: sliding_attention: rope_type: 'linear' is not supported",
+        ),
+        ("Gemma3ForConditionalGeneration", {}, "architecture Gemma3ForConditionalGeneration is not supported"),
+    ],
+)
+def test_other_families_refuse_by_key_and_value(architecture, changes, message):
+    values = GEMMA | dict(architectures=[architecture], num_key_value_heads=2) | changes
     with pytest.raises(UserError, match=message) as caught:
         models.decoder_config(values, "c.json")
     assert "\n" not in str(caught.value)
