@@ -18,6 +18,7 @@ from fusejax.errors import UserError
 from fusejax.fusion import TokenTable
 from fusejax.packing import Packing, pack
 from fusejax.scoring import inputs_and_labels
+from fusejax.source_cache import SourceCache
 from fusejax.store import Store, check_inputs, write_atomically
 from fusejax.tokenizers import Tokenizer
 
@@ -199,17 +200,19 @@ class _Source:
         self._config, self.label = config, source.label
         self._tokenizer = tokenizers.for_model(source)
         self._tokens = _tokens(config, self._tokenizer)
-        self._cache = Store(config.folder / "sources" / source.label)
+        self._cache = SourceCache(config.folder / "sources" / source.label)
         wanted = sources.inputs(config, source, self._tokenizer)
         check_inputs(self._cache.folder, {key: self._cache.inputs.get(key) for key in wanted}, wanted)
         self._row_maps = Store(config.folder / "alignment" / source.label)
         self._gold = GoldChain(self._tokenizer) if config.alignment.gold_chain else None
 
     def rows(self, document: int, target: Arrays) -> Arrays:
-        """The source_* arrays of a document, [n, ...] for the n text tokens of the target."""
+        """The source_* arrays of a document, [n, ...] for the n text tokens of the target; none if the source broke."""
         cache, tokens = self._cache[document], self._tokens[document]
         row_map_T2 = self._row_maps[document]["row_map"]
         n_source = len(tokens["ids"])
+        if n_source and not len(cache["ce"]):
+            return {}
         if len(row_map_T2) != len(target["ids"]) or len(cache["ce"]) != n_source:
             raise UserError(
                 f"{self._cache.folder}: document {document} has {len(cache['ce'])} rows for {n_source} tokens and "
@@ -221,8 +224,8 @@ class _Source:
         labels_R = labels_R[int(self._tokenizer.adds_bos) :]
         fusion = self._config.fusion
         out = {
-            "source_ids": np.where(valid_T[:, None], cache["ids"][row_T].astype(np.int32), -1),
-            "source_logprobs": cache["logprobs"][row_T].astype(np.float32),
+            "source_ids": np.where(valid_T[:, None], cache["ids"][row_T], -1),
+            "source_logprobs": cache["logprobs"][row_T],
             "source_valid": valid_T,
             "source_consumed": np.where(valid_T, row_map_T2[:, 1], 0),
             "source_labels": np.where(valid_T, labels_R[row_T], -1),

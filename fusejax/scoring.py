@@ -6,7 +6,7 @@ length share a batch, and batches have few shapes, so that few programs are comp
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,14 +122,28 @@ class Scorer:
 
         inputs, labels: int32 [n] for each document, see `inputs_and_labels`.
         """
-        lengths = np.array([len(line) for line in inputs], np.int64)
-        running: deque[tuple[Batch, Any]] = deque()
-        for batch in plan(lengths, self._max_length, self._batch_tokens, self._row_multiple):
-            running.append((batch, self._start(batch, inputs, labels)))
-            if len(running) > _AHEAD:
-                yield _finish(*running.popleft(), lengths)
+        for _, places, scores in self.stream([(None, inputs, labels)]):
+            yield places, scores
+
+    def stream(
+        self, groups: Iterable[tuple[Any, Sequence[np.ndarray], Sequence[np.ndarray]]]
+    ) -> Iterator[tuple[Any, list[int], list[Scores]]]:
+        """The same over groups (name, inputs, labels) of documents, without a pause of the device in between.
+
+        Yields (name, places in the group, scores). Batches never mix groups, so that a document's result does not
+        depend on which other groups there are; a group's last batch comes before the next group's first.
+        """
+        running: deque[tuple[Any, Batch, Any, np.ndarray]] = deque()
+        for name, inputs, labels in groups:
+            lengths = np.array([len(line) for line in inputs], np.int64)
+            for batch in plan(lengths, self._max_length, self._batch_tokens, self._row_multiple):
+                running.append((name, batch, self._start(batch, inputs, labels), lengths))
+                if len(running) > _AHEAD:
+                    done, *rest = running.popleft()
+                    yield done, *_finish(*rest)
         while running:
-            yield _finish(*running.popleft(), lengths)
+            done, *rest = running.popleft()
+            yield done, *_finish(*rest)
 
     def _start(self, batch: Batch, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Any:
         ids_BL = np.zeros((batch.rows, batch.length), np.int32)

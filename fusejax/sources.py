@@ -1,19 +1,23 @@
-"""The stage `sources`: every source model runs over the training documents once and leaves its top-k distributions.
+"""The stage `sources`: every source model runs over the training documents once and leaves its next-token rows.
 
-`sources/<label>` is a store in the documents' order. Record i, for the n text tokens that the source's own tokenizer
-makes of document i: ids uint16 or uint32 [n, k], logprobs float16 or float32 [n, k] (the source's true
-log-probabilities, descending), ce float32 [n] (nats, of the true next token). Row t is the distribution of token t + 1;
-the last row's label is EOS (its ce is 0 where the tokenizer has no EOS). A BOS that the source was trained with is put
-in front; its row is not stored. Everything is in the source's own vocabulary: a cache serves every target.
+`sources/<label>` is a store in the documents' order, see `fusejax.source_cache` for its records. Row t of a document is
+the distribution of token t + 1 of the n text tokens that the source's own tokenizer makes of it; the last row's label
+is EOS (its ce is 0 where the tokenizer has no EOS). A BOS that the source was trained with is put in front; its row is
+not stored. Everything is in the source's own vocabulary: a cache serves every target.
 
 Embedding rows beyond the tokenizer's vocabulary (padding to a round number) stand for no text; they get probability 0,
 so that no stored id lies outside the tokenizer.
+
+A document on which the source gives values that are not numbers (an overflow, a damaged row of the embedding) gets no
+rows: it falls back for this source, is counted, and cannot reach its neighbours, since no two documents share a row.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,11 +28,12 @@ from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
 from fusejax.scoring import Scorer, Scores, check_fits, inputs_and_labels
+from fusejax.source_cache import Record, Values, topk_record
 from fusejax.store import Store, StoreWriter, fingerprint
 from fusejax.tokenizers import Tokenizer
 
 _SHARD_TOKENS = 1 << 16  # a shard is what a kill can cost
-_LEAST_LOGPROB = -60000.0  # float16 ends at -65504
+_BROKEN_SHARE = 0.5  # a source that fails on more than this share of a shard is damaged
 
 
 def run(config: Config) -> None:
@@ -66,7 +71,21 @@ def _cache(config: Config, source: ModelConfig) -> None:
     todo = writer.missing()
     if todo:
         _run_model(config, source, tokenizer, tokens, writer, todo)
-    writer.finish({"model": source.model, "label": source.label, "documents": len(tokens)})
+    counts = _total(writer.notes())
+    if counts["broken"]:
+        say(
+            f"source {source.label}: gave values that are not numbers on {counts['broken']} of {len(tokens)} "
+            f"documents, the first being {counts['first_broken']}; these fall back"
+        )
+    versions = {name: version(name) for name in ("jax", "flax", "transformers")}
+    writer.finish({"model": source.model, "label": source.label, "documents": len(tokens), **counts, **versions})
+
+
+def _total(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The shards' counts added up, and the first broken document's id."""
+    totals = {name: sum(note[name] for note in notes) for name in ("rows", "empty", "one_token", "broken")}
+    first = next((note["first_broken"] for note in notes if note["first_broken"]), None)
+    return totals | ({"first_broken": first} if first else {})
 
 
 def _shard_records(tokens: Store, max_length: int) -> int:
@@ -101,49 +120,68 @@ def _run_model(
         batch_tokens=config.cache.batch_tokens,
         mesh=mesh,
     )
-    ids_dtype = np.uint16 if known <= 1 << 16 else np.uint32
-    values_dtype = np.dtype(config.cache.values)
+    documents = Store(config.folder / "data/train/documents")
+    front = int(tokenizer.adds_bos)
     started, n_tokens = time.monotonic(), 0
     with (
         progress(f"source {source.label}", sum(len(span) for _, span in todo)) as bar,
         ThreadPoolExecutor(1) as pool,
     ):
         writes: deque[Future[None]] = deque()
-        for shard, span in todo:
-            records: list[dict[str, np.ndarray]] = [{} for _ in span]
-            for i, scores in _scores(scorer, tokenizer, tokens, span, config, source):
-                records[i] = _record(scores, ids_dtype, values_dtype)
-                n_tokens += len(scores.ce)
-                bar.advance(1, f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
-            writes.append(pool.submit(writer.write, shard, records))
+        groups = ((shard, *_lines(tokens, span, tokenizer)) for shard, span in todo)
+        for (shard, span), (_, results) in zip(todo, groupby(scorer.stream(groups), itemgetter(0)), strict=True):
+            records: list[Record] = [{} for _ in span]
+            note = _Note()
+            for _, places, all_scores in results:
+                for place, scores in zip(places, all_scores, strict=True):
+                    text_rows = Scores(*(array[front:] for array in scores))
+                    records[place] = note.record(span[place], text_rows, known, config.cache.values)
+                    n_tokens += len(text_rows.ce)
+                bar.advance(len(places), f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
+            writes.append(pool.submit(writer.write, shard, records, note.finish(documents, source)))
             if len(writes) > 1:
                 writes.popleft().result()
         while writes:
             writes.popleft().result()
 
 
-def _scores(
-    scorer: Scorer, tokenizer: Tokenizer, tokens: Store, span: range, config: Config, source: ModelConfig
-) -> Iterator[tuple[int, Scores]]:
-    """(place in the shard, the text rows' scores) of the documents of a shard, in the device's order."""
+def _lines(tokens: Store, span: range, tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The inputs and the labels of a shard's documents."""
     lines = [inputs_and_labels(tokens[i]["ids"], tokenizer) for i in span]
-    front = int(tokenizer.adds_bos)
-    broken = []
-    for places, all_scores in scorer([line[0] for line in lines], [line[1] for line in lines]):
-        for place, scores in zip(places, all_scores, strict=True):
-            text_rows = Scores(*(array[front:] for array in scores))
-            if text_rows.broken:
-                broken.append(span[place])
-            yield place, text_rows
-    if broken:
-        first = Store(config.folder / "data/train/documents")[min(broken)]["id"]
-        raise UserError(
-            f"{source.model}: gives values that are not numbers on {len(broken)} of {len(span)} documents, the first "
-            f"being {first}; its weights are damaged, or precision.compute should be float32"
-        )
+    return [line[0] for line in lines], [line[1] for line in lines]
 
 
-def _record(scores: Scores, ids_dtype: Any, values_dtype: np.dtype) -> dict[str, np.ndarray]:
-    # Rounding can lift a sure token's log-probability above 0.
-    logprobs = np.clip(scores.logprobs, _LEAST_LOGPROB, 0.0).astype(values_dtype)
-    return {"ids": scores.ids.astype(ids_dtype), "logprobs": logprobs, "ce": scores.ce.astype(np.float32)}
+class _Note:
+    """Counts over a shard's documents."""
+
+    def __init__(self) -> None:
+        self._documents = self._rows = self._empty = self._one_token = 0
+        self._broken: list[int] = []
+
+    def record(self, document: int, scores: Scores, vocab_size: int, values: Values) -> Record:
+        """The record of a document, which is counted. One with values that are not numbers has no rows."""
+        n = len(scores.ce)
+        self._documents += 1
+        self._empty += n == 0
+        self._one_token += n == 1
+        if scores.broken:
+            self._broken.append(document)
+            scores = Scores(*(array[:0] for array in scores))
+        self._rows += len(scores.ce)
+        return topk_record(*scores, vocab_size, values)
+
+    def finish(self, documents: Store, source: ModelConfig) -> dict[str, Any]:
+        """The counts. Raises UserError where the source failed on most documents."""
+        first = documents[min(self._broken)]["id"] if self._broken else None
+        if len(self._broken) > _BROKEN_SHARE * self._documents:
+            raise UserError(
+                f"{source.model}: gives values that are not numbers on {len(self._broken)} of {self._documents} "
+                f"documents, the first being {first}; its weights are damaged, or precision.compute should be float32"
+            )
+        return {
+            "rows": self._rows,
+            "empty": self._empty,
+            "one_token": self._one_token,
+            "broken": len(self._broken),
+            "first_broken": first,
+        }

@@ -184,8 +184,8 @@ class StoreWriter:
         spans = [(i, range(start, min(start + size, total))) for i, start in enumerate(range(0, total, size))]
         return [(i, span) for i, span in spans if not _shard_path(self.folder, i).exists()]
 
-    def write(self, shard: int, records: Iterable[Record]) -> None:
-        """Write one shard, whole or not at all."""
+    def write(self, shard: int, records: Iterable[Record], note: Mapping[str, Any] | None = None) -> None:
+        """Write one shard, whole or not at all; `note` (JSON) is kept beside it, see `notes`."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = _shard_path(self.folder, shard)
@@ -200,10 +200,17 @@ class StoreWriter:
             for blob in blobs:
                 writer.write(blob)
             writer.close()
+            if note is not None:  # first, so that no shard is without its note
+                write_atomically(path.with_suffix(".json"), json.dumps(note))
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:
             _remove(temporary)
             raise writing_failed(path, error) from None
+
+    def notes(self) -> list[dict[str, Any]]:
+        """The notes of all shards, in their order, whichever run wrote them."""
+        paths = sorted(self.folder.glob("[0-9]*.json"))
+        return [json.loads(path.read_text("utf-8")) for path in paths]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Mark the store complete; `summary` (JSON) stays in its manifest."""

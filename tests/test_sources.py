@@ -8,6 +8,7 @@ from flax import nnx
 from fusejax import models, sources
 from fusejax.errors import UserError
 from fusejax.scoring import inputs_and_labels
+from fusejax.source_cache import SourceCache
 from fusejax.store import Store, StoreWriter
 from fusejax.tokenizers import Tokenizer
 
@@ -77,11 +78,11 @@ def test_goes_on_after_a_kill_and_ends_the_same(make_job, monkeypatch, small_sha
 
     real, written = StoreWriter.write, []
 
-    def write(self, shard, records):
+    def write(self, shard, records, note):
         if len(written) == 2:
             raise Killed
         written.append(shard)
-        real(self, shard, records)
+        real(self, shard, records, note)
 
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "write", write)
@@ -123,15 +124,44 @@ def test_more_entries_than_tokens_are_refused(make_job):
         sources.run(make_job(sources=[make_job().sources[1].model_dump()], cache={"top_k": 300}))
 
 
-def test_values_that_are_no_numbers_are_reported(make_job, tiny_models, monkeypatch):
-    real, bad = models.load, Tokenizer.load(tiny_models["coarse"]).encode("class")[0][0]
+@pytest.fixture
+def broken_embedding(monkeypatch, tiny_models):
+    """broken_embedding(piece): from now on every model loaded has a damaged embedding row for a token of `piece`."""
+    real = models.load
 
-    def load(*arguments, **options):
-        model = real(*arguments, **options)
-        model.embedding[...] = model.embedding[...].at[bad].set(np.nan)
-        return model
+    def break_row(piece):
+        bad = Tokenizer.load(tiny_models["coarse"]).encode(piece)[0][0]
 
-    monkeypatch.setattr(models, "load", load)
-    with pytest.raises(UserError, match=r"coarse: gives values that are not numbers on \d+ of 11 documents") as error:
+        def load(*arguments, **options):
+            model = real(*arguments, **options)
+            model.embedding[...] = model.embedding[...].at[bad].set(np.nan)
+            return model
+
+        monkeypatch.setattr(models, "load", load)
+
+    return break_row
+
+
+def test_a_source_that_gives_no_numbers_at_all_is_refused(make_job, broken_embedding):
+    broken_embedding(" ")
+    with pytest.raises(UserError, match=r"gives values that are not numbers on \d+ of 11 documents, the first"):
         sources.run(make_job())
-    assert "document10" in str(error.value)
+
+
+def test_a_document_without_numbers_is_counted_and_poisons_no_other(make_job, broken_embedding, capsys):
+    whole, broken = make_job("whole"), make_job("broken")
+    sources.run(whole)
+    broken_embedding("class")
+    sources.run(broken)
+    said = capsys.readouterr().out
+    assert "source coarse: gave values that are not numbers on 1 of 11 documents, the first being" in said
+    assert "document10" in said
+    right, wrong = (SourceCache(job.folder / "sources/coarse") for job in (whole, broken))
+    assert right.summary["broken"] == 0
+    assert wrong.summary["broken"] == 1
+    assert right.summary["rows"] == sum(len(record["ce"]) for record in right)
+    assert wrong.summary["rows"] == sum(len(record["ce"]) for record in wrong)
+    for i in range(10):
+        np.testing.assert_array_equal(right[i]["ids"], wrong[i]["ids"])
+        np.testing.assert_allclose(right[i]["logprobs"], wrong[i]["logprobs"], atol=1e-3)
+    assert len(wrong[10]["ce"]) == 0 < len(right[10]["ce"])

@@ -15,6 +15,7 @@ from fusejax.alignment.tokens import TokenTable, table_columns, token_table
 from fusejax.config import Config
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
+from fusejax.source_cache import SourceCache
 from fusejax.store import Store, StoreWriter, fingerprint, read_manifest, write_atomically
 from fusejax.tokenizers import Tokenizer
 
@@ -117,12 +118,14 @@ class _Pair:
         total = Quality()
         cache_folder = self._config.folder / "sources" / self._label
         cached = (read_manifest(cache_folder) or {}).get("complete", False)
-        cache = Store(cache_folder) if cached else None
+        cache = SourceCache(cache_folder) if cached else None
         chain = GoldChain(self._source) if self._config.alignment.gold_chain else None
         every = -(-len(self._documents) // _SAMPLE)
         for i, record in enumerate(Store(self._folder)):
             total.add_kinds(record["kinds"])
             if cache is not None and i % every == 0:
                 target, source = self._tokens(i)
-                measure(total, target, source, record["row_map"], table, cache[i], self._target.vocab_size, chain)
+                rows = cache[i]
+                if len(rows["ce"]):  # else the source gave no numbers there
+                    measure(total, target, source, record["row_map"], table, rows, self._target.vocab_size, chain)
         return total.report()

@@ -1,0 +1,82 @@
+"""The source caches on disk: how a source's next-token rows are written into a store, and read back.
+
+A row is the source's k most likely next tokens and their log-probabilities, most likely first, and the cross-entropy of
+the true next token. Arrays on disk, n rows to a document:
+
+    ids uint16 or uint32 [n, k]    logprobs float16 or float32 [n, k], or codes uint8 [n, k]    ce float32 [n]
+
+A document on which the source gave values that are not numbers has no rows, whatever its length.
+
+Ids take 16 bits where the vocabulary allows it, else 32: the store's shards are compressed (zstd), which leaves 18.7 of
+the 40 bytes of ten such ids; packing them to 18 bits first left 18.5, and costs time at every read.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from fusejax.store import Store
+
+Values = Literal["float16", "float32", "uint8"]
+Record = dict[str, np.ndarray]
+
+_LEAST_LOGPROB = -60000.0  # float16 ends at -65504
+_SHIFT, _LEAST_CODED = 0.5, -40.0
+_STEP = np.log1p(-_LEAST_CODED / _SHIFT) / 255
+
+
+def encode_logprobs(logprobs: np.ndarray) -> np.ndarray:
+    """8-bit codes, uint8, of log-probabilities x ≤ 0: c = round(255 · log(1 − x/s) / log(1 + 40/s)), s = 1/2.
+
+    The steps grow with |x|, since what matters is the error of the probability: the error of x is at most
+    0.0086 · (s − x), so that of exp(x) is at most 0.0053 anywhere (worst near x = −1/2), and x = 0 stays exact.
+    Order is kept. Below −40 (a probability of 4e-18) everything is −40.
+
+    >>> decode_logprobs(encode_logprobs(np.array([0.0, -0.105, -2.3]))).round(3).tolist()
+    [0.0, -0.104, -2.304]
+    """
+    x = np.clip(logprobs, _LEAST_CODED, 0.0).astype(np.float64)
+    return np.rint(np.log1p(-x / _SHIFT) / _STEP).astype(np.uint8)
+
+
+_DECODED = (-_SHIFT * np.expm1(np.arange(256) * _STEP)).astype(np.float32)
+
+
+def decode_logprobs(codes: np.ndarray) -> np.ndarray:
+    """float32 log-probabilities of uint8 codes of any shape."""
+    return _DECODED[codes]
+
+
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """The stored dtype of ids below `vocab_size`."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def topk_record(ids: np.ndarray, logprobs: np.ndarray, ce: np.ndarray, vocab_size: int, values: Values) -> Record:
+    """The record of a document: ids int [n, k], logprobs float [n, k] descending, ce float [n]."""
+    record = {"ids": ids.astype(ids_dtype(vocab_size)), "ce": ce.astype(np.float32)}
+    # Rounding can lift a sure token's log-probability above 0.
+    bounded = np.clip(logprobs, _LEAST_LOGPROB, 0.0)
+    if values == "uint8":
+        return record | {"codes": encode_logprobs(bounded)}
+    return record | {"logprobs": bounded.astype(values)}
+
+
+def decode(record: Mapping[str, np.ndarray]) -> Record:
+    """{ids int32 [n, k], logprobs float32 [n, k], ce float32 [n]} of a record."""
+    if "codes" in record:
+        logprobs = decode_logprobs(record["codes"])
+        # Coarse codes can add up to a little more than 1.
+        mass = np.log(np.exp(logprobs).sum(-1, keepdims=True))
+        logprobs = logprobs - np.maximum(mass, 0.0)
+    else:
+        logprobs = record["logprobs"].astype(np.float32)
+    return {"ids": record["ids"].astype(np.int32), "logprobs": logprobs, "ce": record["ce"]}
+
+
+class SourceCache(Store):
+    """A source's cache; `cache[i]` is document i's rows, decoded (see `decode`)."""
+
+    def __getitem__(self, i: int) -> Record:
+        return decode(super().__getitem__(i))
