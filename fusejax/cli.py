@@ -87,6 +87,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     inspect.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME")
     inspect.add_argument("--record", type=int, default=0, metavar="N", help="the record to show (default 0)")
+    inspect.add_argument("--row", type=int, metavar="R", help="the row of a source's cache (default: the middle one)")
+    inspect.add_argument("--verify", action="store_true", help="read everything: checksums, counts, order, mass")
     help_text = "measure what a part costs on this machine"
     benches = commands.add_parser("bench", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     bench.add_parser(benches, arguments)
@@ -100,9 +102,12 @@ def _command(arguments: Sequence[str] | None) -> None:
         bench.run(options)
         return
     if options.command == "inspect":
-        from fusejax import inspection
+        from fusejax import inspection, verification
 
-        inspection.show(options.path, options.record)
+        if options.verify:
+            verification.verify(options.path)
+        else:
+            inspection.show(options.path, options.record, options.row)
         return
     job = config.load(options.config, options.overrides)
     if options.command == "plan":

@@ -22,7 +22,7 @@ import numpy as np
 
 from fusejax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 Record = Mapping[str, "np.ndarray | str | bytes"]
 Inputs = Mapping[str, str | int | float | bool | None]
 
@@ -172,7 +172,8 @@ class StoreWriter:
                 "remove that folder to make it anew"
             )
         self._manifest = manifest
-        self.done: bool = manifest["complete"]
+        # A damaged shard that its user removed is made again.
+        self.done: bool = manifest["complete"] and not self.missing()
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -190,7 +191,8 @@ class StoreWriter:
 
         path = _shard_path(self.folder, shard)
         temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-        blobs = [_pack(record) for record in records]
+        start = shard * self._manifest["shard_records"]
+        blobs = [_pack(record, number) for number, record in enumerate(records, start)]
         # The library may abort the process on a full disk, so ask first; the margin covers its framing and padding.
         require_space(self.folder, sum(map(len, blobs)) + 65536 * (3 + len(blobs) // 64))
         try:
@@ -243,13 +245,17 @@ class Store:
     def __len__(self) -> int:
         return self._n
 
+    @property
+    def n_shards(self) -> int:
+        return len(self._starts)
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < self._n:
             raise IndexError(i)
         shard = bisect_right(self._starts, i) - 1
         try:
             (blob,) = self._reader(shard).read([i - self._starts[shard]])
-            return _unpack(blob)
+            return _unpack(blob, i)
         except (ValueError, IndexError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"{_shard_path(self.folder, shard)}: record {i} is damaged ({error}); "
@@ -274,10 +280,11 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:06d}.array_record"
 
 
-# A record: crc32, header length, JSON header [[name, kind, shape]...], then the fields' bytes.
+# A record: crc32 (started from the record's number, so that one in another's place is found out), header length, JSON
+# header [[name, kind, shape]...], then the fields' bytes.
 
 
-def _pack(record: Record) -> bytes:
+def _pack(record: Record, number: int) -> bytes:
     header, parts = [], []
     for name, value in record.items():
         if isinstance(value, str | bytes):
@@ -290,11 +297,11 @@ def _pack(record: Record) -> bytes:
         parts.append(data)
     head = json.dumps(header, separators=(",", ":")).encode()
     body = len(head).to_bytes(4, "little") + head + b"".join(parts)
-    return zlib.crc32(body).to_bytes(4, "little") + body
+    return zlib.crc32(body, number).to_bytes(4, "little") + body
 
 
-def _unpack(blob: bytes) -> dict[str, Any]:
-    if len(blob) < 8 or zlib.crc32(memoryview(blob)[4:]) != int.from_bytes(blob[:4], "little"):
+def _unpack(blob: bytes, number: int) -> dict[str, Any]:
+    if len(blob) < 8 or zlib.crc32(memoryview(blob)[4:], number) != int.from_bytes(blob[:4], "little"):
         raise ValueError("its checksum does not match")
     at = 8 + int.from_bytes(blob[4:8], "little")
     record: dict[str, Any] = {}

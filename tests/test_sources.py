@@ -109,6 +109,16 @@ def test_a_finished_cache_is_not_made_again(make_job, monkeypatch, capsys):
     assert "source fine: done before, skipped" in capsys.readouterr().out
 
 
+def test_a_damaged_shard_that_was_removed_is_made_again(make_job, small_shards):
+    job = make_job()
+    sources.run(job)
+    path = job.folder / "sources/coarse/000001.array_record"
+    before = path.read_bytes()
+    path.unlink()
+    sources.run(job)
+    assert path.read_bytes() == before
+
+
 def test_another_text_or_setting_is_named(make_job):
     sources.run(make_job())
     with pytest.raises(UserError, match="was made with another top_k"):
