@@ -86,10 +86,33 @@ def canonical_bytes(spec: dict[str, Any], specials: Collection[int]) -> list[byt
     return result
 
 
+def surfaces(spec: dict[str, Any]) -> list[str | None]:
+    """Per token id its spelling in the vocabulary, the tokenizer's own mark of a space written '▁'; None: unused id.
+
+    This is what edit distances are taken of: bytes of a byte-level vocabulary stay characters of its alphabet, byte
+    tokens stay '<0x0A>', and added tokens, which hold spaces as they are, stay so.
+    """
+    vocab = model_vocabulary(spec)
+    to_text = (lambda piece: piece.replace(CHARACTER_OF_BYTE[0x20], " ")) if is_byte_level(spec) else _speller(spec)
+    size = 1 + max([*vocab.values(), *(token["id"] for token in spec["added_tokens"])], default=-1)
+    result: list[str | None] = [None] * size
+    for token in spec["added_tokens"]:
+        result[token["id"]] = token["content"]
+    for piece, i in vocab.items():
+        result[i] = to_text(piece).replace(" ", SPACE_MARKER)
+    return result
+
+
 def _piece_decoder(spec: dict[str, Any]) -> Callable[[str], bytes]:
     """What the tokenizer's decoder makes of one piece in the middle of a text."""
     if is_byte_level(spec):
         return _byte_level
+    to_text = _speller(spec)
+    return lambda piece: to_text(piece).encode("utf-8", "replace")
+
+
+def _speller(spec: dict[str, Any]) -> Callable[[str], str]:
+    """A piece of a tokenizer that is not byte-level as text, byte tokens aside."""
     replacements: list[tuple[str, str]] = []
     prefix = None
     decoder = steps(spec["decoder"])
@@ -107,14 +130,14 @@ def _piece_decoder(spec: dict[str, Any]) -> Callable[[str], bytes]:
             elif pattern == " ":  # a normalizer that writes spaces as markers, read backwards
                 replacements.append((content, " "))
 
-    def to_bytes(piece: str) -> bytes:
+    def to_text(piece: str) -> str:
         for old, new in replacements:
             piece = piece.replace(old, new)
         if prefix is not None:
             piece = piece.removeprefix(prefix) if piece.startswith(prefix) else " " + piece
-        return piece.encode("utf-8", "replace")
+        return piece
 
-    return to_bytes
+    return to_text
 
 
 def _byte_level(piece: str) -> bytes:

@@ -64,8 +64,8 @@ class CacheConfig(Section):
 class AlignmentConfig(Section):
     """Row maps and token maps."""
 
-    rows: Literal["exact", "boundary", "inside"] = "inside"
-    tokens: Literal["exact", "prefix"] = "prefix"
+    rows: Literal["exact", "mined", "boundary", "inside"] = "inside"
+    tokens: Literal["exact", "mined", "stats", "prefix"] = "prefix"
     gold_chain: bool = True
     fallback: Literal["gold", "skip"] = "gold"
     collisions: Literal["sum", "first"] = "sum"

@@ -176,6 +176,17 @@ class Tokenizer:
         return _backend(json.dumps(canonical.mid_text(self._spec)), split_special=True)
 
     @cached_property
+    def surfaces(self) -> list[str | None]:
+        """Per id its spelling in the vocabulary, spaces written '▁' whatever the tokenizer writes; see `canonical`."""
+        return canonical.surfaces(self._spec)
+
+    @cached_property
+    def writes_dummy_prefix(self) -> bool:
+        """Whether the first token of a text is marked as one that follows a space ('▁The' of 'The')."""
+        ids, _ = self.encode("a")
+        return bool(len(ids)) and (self.surfaces[ids[0]] or "").startswith(canonical.SPACE_MARKER)
+
+    @cached_property
     def _byte_ids(self) -> dict[int, int]:
         return {byte: i for i, byte in canonical.byte_tokens(self._spec).items()}
 

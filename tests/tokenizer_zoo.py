@@ -1,7 +1,9 @@
 """Small tokenizers of every kind, trained on the spot: what the tests of boundaries and alignment run on."""
 
 import json
+import os
 from functools import lru_cache
+from pathlib import Path
 
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
@@ -116,3 +118,8 @@ def hf(name):
 def tokenizer(name):
     """The fusejax tokenizer."""
     return Tokenizer(hf(name), name=name)
+
+
+def shared():
+    """The folder with fixtures of real models and the reference's outputs, which need not be there."""
+    return Path(os.environ.get("FUSEJAX_SHARED") or Path(__file__).resolve().parents[2] / "shared")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusejax.alignment.chain import GoldChain
-from fusejax.alignment.rows import Tokens, identity, map_rows
+from fusejax.alignment.rows import Tokens, row_mapper
 from fusejax.alignment.tokens import TokenTable, table_columns, token_table
 from fusejax.tokenizers import Tokenizer
 
@@ -79,15 +79,13 @@ def quality(
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
     texts = [text] if isinstance(text, str) else list(text)
     documents = [source_rows] if isinstance(source_rows, Mapping) else list(source_rows)
-    table = token_table(target_tok, source_tok, tokens, table_columns(source_tok, rows))
+    tokenized = [(Tokens.of(target_tok, one), Tokens.of(source_tok, one)) for one in texts]
+    table = token_table(target_tok, source_tok, tokens, table_columns(source_tok, rows), tokenized)
+    map_rows = row_mapper(target_tok, source_tok, rows)
     chain = GoldChain(source_tok) if gold_chain else None
     total = Quality()
-    for one, values in zip(texts, documents, strict=True):
-        target, source = Tokens.of(target_tok, one), Tokens.of(source_tok, one)
-        if target_tok.text_fingerprint == source_tok.text_fingerprint:
-            row_map_T2 = identity(len(target.ids))
-        else:
-            row_map_T2 = map_rows(one.encode(), target, source, source_tok, rows)
+    for one, (target, source), values in zip(texts, tokenized, documents, strict=True):
+        row_map_T2 = map_rows(one.encode(), target, source)
         kinds_T = row_kinds(target, source, row_map_T2)
         empty_T = measure(total, target, source, row_map_T2, table, values, target_tok.vocab_size, chain)
         kinds_T[empty_T] = KINDS.index("fallback")

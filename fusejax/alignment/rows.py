@@ -5,6 +5,7 @@ the same text, that is where their tokens end at the same byte of it. A row map 
 tokenizations, as ids and byte boundaries, never the models.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from fusejax.tokenizers import Tokenizer
 
-METHODS = ("exact", "boundary", "inside")
+METHODS = ("exact", "mined", "boundary", "inside")
 MAX_CONSUMED = 31
 """How deep inside a source token a target row may stand; deeper rows fall back (it bounds the token tables)."""
 
@@ -35,15 +36,30 @@ def row_map(text: str, target_tok: Any, source_tok: Any, method: str = "inside")
     """int32[n_target, 2]: for each target token of `text` the source row to use or -1, and the bytes already consumed.
 
     text: a document. target_tok, source_tok: `fusejax.tokenizers.Tokenizer` or tokenizers of transformers.
-    method: `exact` (the tokens of both rows cover the same bytes), `boundary` (both rows end at the same byte) or
-    `inside` (`boundary`; besides, a target row that ends inside a source token takes the row before that token, with
-    the bytes of it that are already consumed in the second column, which is 0 everywhere else).
+    method: `exact` (the tokens of both rows cover the same bytes), `mined` (the paper's dynamic programming over
+    spellings, see `fusejax.alignment.mined`), `boundary` (both rows end at the same byte) or `inside` (`boundary`;
+    besides, a target row that ends inside a source token takes the row before that token, with the bytes of it that
+    are already consumed in the second column, which is 0 everywhere else).
     """
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
-    target = Tokens.of(target_tok, text)
+    target, source = Tokens.of(target_tok, text), Tokens.of(source_tok, text)
+    return row_mapper(target_tok, source_tok, method)(text.encode("utf-8"), target, source)
+
+
+def row_mapper(
+    target_tok: Tokenizer, source_tok: Tokenizer, method: str
+) -> Callable[[bytes, Tokens, Tokens], np.ndarray]:
+    """The function (a text's UTF-8, target's tokens, source's tokens) → row map, for all texts of the pair."""
+    if method not in METHODS:
+        raise ValueError(f"row map {method!r} is unknown; known: {', '.join(METHODS)}")
     if target_tok.text_fingerprint == source_tok.text_fingerprint:
-        return identity(len(target.ids))
-    return map_rows(text.encode("utf-8"), target, Tokens.of(source_tok, text), source_tok, method)
+        return lambda _data, target, _source: identity(len(target.ids))
+    if method == "mined":
+        from fusejax.alignment.mined import MinedRows  # it loads a compiler
+
+        mined = MinedRows(target_tok, source_tok)
+        return lambda _data, target, source: mined(target, source)
+    return lambda data, target, source: map_rows(data, target, source, source_tok, method)
 
 
 def identity(n: int) -> np.ndarray:
@@ -52,9 +68,7 @@ def identity(n: int) -> np.ndarray:
 
 
 def map_rows(data: bytes, target: Tokens, source: Tokens, source_tok: Tokenizer, method: str = "inside") -> np.ndarray:
-    """`row_map` of a text (its UTF-8) that is tokenized already; O(n_target log n_source), vectorized."""
-    if method not in METHODS:
-        raise ValueError(f"row map {method!r} is unknown; known: {', '.join(METHODS)}")
+    """`exact`, `boundary` or `inside` of a text (its UTF-8) that is tokenized; O(n_target log n_source), vectorized."""
     n = len(target.ids)
     rows_T2 = np.full((n, 2), NO_ROW, np.int32)
     rows_T2[:, 1] = 0

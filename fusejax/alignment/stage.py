@@ -10,7 +10,7 @@ import numpy as np
 from fusejax import tokenizers
 from fusejax.alignment.chain import GoldChain
 from fusejax.alignment.quality import KINDS, Quality, measure, row_kinds
-from fusejax.alignment.rows import Tokens, identity, map_rows
+from fusejax.alignment.rows import Tokens, row_mapper
 from fusejax.alignment.tokens import TokenTable, table_columns, token_table
 from fusejax.config import Config
 from fusejax.errors import UserError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fusejax import fusion
 
 _TABLE = "token_map.npz"
+_COUNTED = 4096  # about how many documents the token map `stats` counts in, evenly over the corpus
 _SAMPLE = 256  # about how many documents have their mapped distributions measured, evenly over the corpus
 
 
@@ -80,6 +81,7 @@ class _Pair:
             say(f"align {self._label}: done before, skipped")
             return
         table = self._write_table()
+        self._map_rows = row_mapper(self._target, self._source, self._config.alignment.rows)
         missing = writer.missing()
         with progress(f"align {self._label}", sum(len(span) for _, span in missing)) as bar:
             for shard, span in missing:
@@ -93,7 +95,11 @@ class _Pair:
     def _write_table(self) -> TokenTable:
         """The token table goes first, so that a complete store always has one beside it."""
         columns = 1 if self._same else table_columns(self._source, self._config.alignment.rows)
-        table = token_table(self._target, self._source, self._config.alignment.tokens, columns)
+        sample = None
+        if self._config.alignment.tokens == "stats":
+            every = -(-len(self._documents) // _COUNTED)
+            sample = (self._tokens(i) for i in range(0, len(self._documents), every))
+        table = token_table(self._target, self._source, self._config.alignment.tokens, columns, sample)
         buffer = io.BytesIO()
         np.savez(buffer, ids=table.ids, prefix_hash=table.prefix_hash)
         write_atomically(self._folder / _TABLE, buffer.getvalue())
@@ -105,11 +111,7 @@ class _Pair:
 
     def _record(self, i: int) -> dict[str, np.ndarray]:
         target, source = self._tokens(i)
-        if self._same:
-            row_map_T2 = identity(len(target.ids))
-        else:
-            data = self._documents[i]["text"].encode("utf-8")
-            row_map_T2 = map_rows(data, target, source, self._source, self._config.alignment.rows)
+        row_map_T2 = self._map_rows(self._documents[i]["text"].encode("utf-8"), target, source)
         kinds = np.bincount(row_kinds(target, source, row_map_T2), minlength=len(KINDS))
         return {"row_map": row_map_T2, "kinds": kinds.astype(np.int32)}
 

@@ -4,14 +4,15 @@ A token map depends on the two tokenizers alone. For rows that stand inside a so
 for each number of bytes of the token that the context already holds.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusejax.alignment.rows import MAX_CONSUMED
+from fusejax.alignment.rows import MAX_CONSUMED, Tokens
 from fusejax.tokenizers import Tokenizer
 
-METHODS = ("exact", "prefix")
+METHODS = ("exact", "mined", "stats", "prefix")
 NO_TOKEN = -1
 # A token can have several roles ('<|endoftext|>' is BOS, EOS and unknown in one); the first that the target has counts.
 _ROLE_ORDER = ("eos", "bos", "pad", "unk")
@@ -28,27 +29,63 @@ class TokenTable(NamedTuple):
     prefix_hash: np.ndarray
 
 
-def token_map(target_tok: Any, source_tok: Any, method: str = "prefix") -> np.ndarray:
+def token_map(
+    target_tok: Any, source_tok: Any, method: str = "prefix", texts: Iterable[str] | None = None
+) -> np.ndarray:
     """int32[V_source]: the target id that each source id becomes, -1 where none does.
 
     target_tok, source_tok: `fusejax.tokenizers.Tokenizer` or tokenizers of transformers. method: `exact` (the same
-    canonical bytes) or `prefix` (`exact`; any other token becomes the first token that the target's tokenizer gives for
-    its bytes in the middle of a text, because that is what the target must predict next). Special tokens map by
-    role alone. Equal tokenizers give the identity.
+    canonical bytes), `prefix` (`exact`; any other token becomes the first token that the target's tokenizer gives for
+    its bytes in the middle of a text, because that is what the target must predict next), `mined` (the paper's: the
+    nearest spelling) or `stats` (FuseChat's: the token matched most often in the sample `texts`); of the last two see
+    `fusejax.alignment.mined`. Special tokens map by role alone. Equal tokenizers give the identity.
     """
-    return token_table(target_tok, source_tok, method).ids[:, 0]
+    target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
+    sample = None
+    if texts is not None:
+        sample = ((Tokens.of(target_tok, text), Tokens.of(source_tok, text)) for text in texts)
+    return token_table(target_tok, source_tok, method, sample=sample).ids[:, 0]
 
 
-def token_table(target_tok: Any, source_tok: Any, method: str = "prefix", columns: int = 1) -> TokenTable:
-    """The token map (column 0), and the maps of what is left of each token after 1 .. columns - 1 bytes of it."""
+def token_table(
+    target_tok: Any,
+    source_tok: Any,
+    method: str = "prefix",
+    columns: int = 1,
+    sample: Iterable[tuple[Tokens, Tokens]] | None = None,
+) -> TokenTable:
+    """The token map (column 0), and the maps of what is left of each token after 1 .. columns - 1 bytes of it.
+
+    sample: (target's, source's) tokens of the texts that `stats` counts in. What is left of a token is no token, so
+    `mined` and `stats` have nothing to say of it: there `exact` holds.
+    """
     if method not in METHODS:
         raise ValueError(f"token map {method!r} is unknown; known: {', '.join(METHODS)}")
+    if method == "stats" and sample is None:
+        raise ValueError("token map 'stats' needs a sample of texts to count in")
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
+    ids_VC = _map_rests(target_tok, source_tok, columns, first=method == "prefix")
+    if target_tok.text_fingerprint == source_tok.text_fingerprint:
+        ids_VC[:, 0] = np.arange(len(ids_VC), dtype=np.int32)
+    elif method in ("mined", "stats"):
+        from fusejax.alignment import mined  # it loads a compiler
+
+        if method == "stats" and sample is not None:
+            ids_VC[:, 0] = mined.counted_images(target_tok, source_tok, sample)
+        else:
+            ids_VC[:, 0] = mined.token_images(target_tok, source_tok)
+    for v, image in _by_role(target_tok, source_tok).items():
+        ids_VC[v, 0] = image
+    return TokenTable(ids_VC, prefix_hashes(source_tok, columns))
+
+
+def _map_rests(target_tok: Tokenizer, source_tok: Tokenizer, columns: int, first: bool) -> np.ndarray:
+    """int32[V_source, columns]: the target's token for what is left of each, or (`first`) the first of its tokens."""
     pieces = source_tok.canonical_bytes
     ids_VC = np.full((len(pieces), columns), NO_TOKEN, np.int32)
     rests = [(v, c, piece[c:]) for v, piece in enumerate(pieces) if piece for c in range(min(columns, len(piece)))]
     unique = {rest: k for k, rest in enumerate(dict.fromkeys(rest for _, _, rest in rests))}
-    if method == "prefix":
+    if first:
         images = target_tok.map_bytes(list(unique))
     else:
         known = target_tok.ids_of_bytes
@@ -56,11 +93,7 @@ def token_table(target_tok: Any, source_tok: Any, method: str = "prefix", column
     if rests:
         v_N, c_N = np.array([(v, c) for v, c, _ in rests], np.int32).T
         ids_VC[v_N, c_N] = images[np.array([unique[rest] for _, _, rest in rests])]
-    if target_tok.text_fingerprint == source_tok.text_fingerprint:
-        ids_VC[:, 0] = np.arange(len(pieces), dtype=np.int32)
-    for v, image in _by_role(target_tok, source_tok).items():
-        ids_VC[v, 0] = image
-    return TokenTable(ids_VC, prefix_hashes(source_tok, columns))
+    return ids_VC
 
 
 def table_columns(source_tok: Tokenizer, rows: str) -> int:

@@ -7,7 +7,7 @@ import pytest
 from tokenizer_zoo import TEXTS, hf, tokenizer
 
 from fusejax import alignment, config, corpus
-from fusejax.alignment import load_token_table, quality, row_map, token_table
+from fusejax.alignment import load_token_table, quality, row_map, token_map, token_table
 from fusejax.alignment.tokens import table_columns
 from fusejax.errors import UserError
 from fusejax.store import Store, StoreWriter
@@ -75,6 +75,19 @@ def test_row_maps_and_token_tables_are_those_of_the_functions(make_job):
     assert (table.ids == expected.ids).all()
     assert (table.prefix_hash == expected.prefix_hash).all()
     assert load_token_table(job.folder / "alignment/itself").ids.shape == (target.vocab_size, 1)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [("mined", "mined"), ("mined", "stats"), ("exact", "exact")])
+def test_the_papers_methods(make_job, rows, tokens):
+    job = make_job(alignment={"rows": rows, "tokens": tokens})
+    alignment.run(job)
+    target, source = tokenizer("sentencepiece"), tokenizer("byte-level")
+    texts = [record["text"] for record in Store(job.folder / "data/train/documents")]
+    for record, text in zip(Store(job.folder / "alignment/other"), texts, strict=True):
+        assert (record["row_map"] == row_map(text, target, source, rows)).all()
+    table = load_token_table(job.folder / "alignment/other")
+    assert (table.ids[:, 0] == token_map(target, source, tokens, texts)).all()
+    assert Store(job.folder / "alignment/itself").summary["share"] == 1
 
 
 def test_summary_measures_the_sources_rows(make_job):
