@@ -95,21 +95,42 @@ class LossConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with warm-up; the paper's values."""
 
+    kind: Literal["adamw", "adafactor", "lion"] = "adamw"
     learning_rate: float = Field(1e-5, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_ratio: float = Field(0.008, ge=0, le=1)
     end_ratio: float = Field(0.0, ge=0, le=1)  # final learning rate / peak
+    decay_ratio: float = Field(0.1, ge=0, le=1)  # schedule wsd: the share of all steps that decays at the end
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+    decay: Literal["matrices", "all"] = "matrices"  # matrices: neither biases nor the scales of norms decay
     grad_clip: float = Field(1.0, gt=0)
+    frozen: tuple[str, ...] = ()  # parameters that stay as they are: `embedding`, `blocks.0`, `blocks.*.mlp`
+    ema: float | None = Field(None, gt=0, lt=1)  # export a running mean of the parameters with this decay
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of all parameters (Hu et al. 2021); they are merged into the weights on export."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)  # the update is alpha / rank * A @ B
+    targets: tuple[str, ...] = ("query", "value")  # of attention: query key value out; of the MLP: gate up down
+
+
+class GuardConfig(Section):
+    """Steps whose loss or gradient is no number are skipped and counted; so are spikes, where asked for."""
+
+    spike: float | None = Field(None, gt=0)  # skip a step whose loss is so many standard deviations above its mean
+    limit: int = Field(5, ge=1)  # skipped steps in a row that end the run
 
 
 class BatchConfig(Section):
     """What one optimizer step sees."""
 
-    sequences: int = Field(128, ge=1)  # packed sequences of `max_length` tokens
+    sequences: int = Field(128, ge=1)  # packed sequences of `max_length` tokens, over all devices and microbatches
+    microbatch: int | None = Field(None, ge=1)  # sequences of one forward and backward pass; default: all of them
     epochs: int = Field(1, ge=1)
     steps: int | None = Field(None, ge=1)  # overrides epochs
 
@@ -158,6 +179,8 @@ class Config(Section):
     fusion: FusionConfig = FusionConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = None
+    guard: GuardConfig = GuardConfig()
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -193,12 +216,24 @@ class Config(Section):
             raise ValueError(f"fusion.weights: kind 'fixed' needs one weight for each of the {n} sources")
         if self.fusion.kind != "fixed" and weights is not None:
             raise ValueError("fusion.weights: only used with fusion.kind 'fixed'")
-        if self.batch.sequences % (self.mesh.data * self.mesh.fsdp):
-            raise ValueError(
-                f"batch.sequences: {self.batch.sequences} does not divide over mesh.data x mesh.fsdp = "
-                f"{self.mesh.data * self.mesh.fsdp}"
-            )
+        if self.lora is not None and self.optimizer.frozen:
+            raise ValueError("optimizer.frozen: under `lora` all parameters are frozen already; remove one of the two")
+        self._check_batch()
         return self
+
+    def _check_batch(self) -> None:
+        shards, sequences, micro = self.mesh.data * self.mesh.fsdp, self.batch.sequences, self.batch.microbatch
+        if sequences % shards:
+            raise ValueError(
+                f"batch.sequences: {sequences} does not divide over mesh.data x mesh.fsdp = {shards}; "
+                f"{-(-sequences // shards) * shards} would"
+            )
+        if micro is not None and (sequences % micro or micro % shards):
+            fitting = [n for n in range(shards, sequences + 1, shards) if sequences % n == 0]
+            raise ValueError(
+                f"batch.microbatch: {micro} should divide batch.sequences = {sequences} and be a multiple of mesh.data "
+                f"x mesh.fsdp = {shards}: {', '.join(map(str, fitting))}"
+            )
 
     @property
     def folder(self) -> Path:

@@ -77,6 +77,27 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
+def put_parameter(array: np.ndarray, mesh: Mesh, spec: tuple[Any, ...]) -> jax.Array:
+    """An array that every process holds whole, as a global one split by `spec` (mesh axes by dimension)."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec(*spec)), array.__getitem__)
+
+
+def microbatches(batch: dict[str, jax.Array], n: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """[B, ...] arrays as [n, B/n, ...], every microbatch split over the mesh as the batch is; inside jit.
+
+    Each microbatch takes rows from every device's share of the batch, so that none moves to another device.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+    def cut(x: jax.Array) -> jax.Array:
+        by_shard = x.reshape(shards, n, x.shape[0] // (shards * n), *x.shape[1:])
+        cut = by_shard.swapaxes(0, 1).reshape(n, x.shape[0] // n, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(cut, sharding)
+
+    return {name: cut(array) for name, array in batch.items()}
+
+
 def like(tree: Any) -> Any:
     """The shardings of a pytree of arrays, for jit's in_shardings and out_shardings."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -52,5 +52,45 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(np.concatenate([params["m"]["kernel"][0], params["v"]["bias"]]), p, rtol=1e-5)
 
 
+def test_wsd_is_flat_then_falls_to_the_end():
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.1, schedule="wsd", decay_ratio=0.2, end_ratio=0.5)
+    schedule = optimizer.make_schedule(config, 100)
+    rates = np.array([float(schedule(step)) for step in range(101)])
+    np.testing.assert_allclose(rates[9:81], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(rates[[85, 90, 100]], [0.875, 0.75, 0.5], rtol=1e-6)
+
+
+def one_update(config, p, g):
+    params = {"m": {"kernel": jnp.array([p])}, "v": {"bias": jnp.array(p)}}
+    transform, _ = optimizer.make(config, 10)
+    updates, _ = transform.update(
+        {"m": {"kernel": jnp.array([g])}, "v": {"bias": jnp.array(g)}}, transform.init(params), params
+    )
+    return np.array(updates["m"]["kernel"][0]), np.array(updates["v"]["bias"])
+
+
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_lion_by_hand(decay):
+    config = OptimizerConfig(
+        kind="lion", learning_rate=0.1, schedule="constant", warmup_ratio=0, weight_decay=0.5, grad_clip=9, decay=decay
+    )
+    p, g = np.array([1.0, -2.0, 4.0]), np.array([0.5, 0.1, -0.3])
+    matrix, bias = one_update(config, p, g)
+    np.testing.assert_allclose(matrix, -0.1 * (np.sign(g) + 0.5 * p), rtol=1e-6)
+    np.testing.assert_allclose(bias, -0.1 * (np.sign(g) + (0.5 * p if decay == "all" else 0)), rtol=1e-6)
+
+
+def test_adafactor_by_hand():
+    """The first step: gradient over its own size, clipped to RMS 1, times the parameters' RMS; decay on matrices."""
+    config = OptimizerConfig(
+        kind="adafactor", learning_rate=0.1, schedule="constant", warmup_ratio=0, weight_decay=0.5, grad_clip=9
+    )
+    p, g = np.array([1.0, -2.0, 4.0]), np.array([0.5, 0.1, -0.3])
+    matrix, bias = one_update(config, p, g)
+    size = np.sqrt(np.mean(p**2))
+    np.testing.assert_allclose(matrix, -0.1 * (np.sign(g) * size + 0.5 * p), rtol=1e-5)
+    np.testing.assert_allclose(bias, -0.1 * np.sign(g) * size, rtol=1e-5)
+
+
 def test_global_norm():
     assert float(optimizer.global_norm({"a": jnp.array([3.0]), "b": jax.numpy.array([4.0])})) == 5.0

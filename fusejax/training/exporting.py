@@ -2,8 +2,6 @@
 
 import json
 
-from flax import nnx
-
 from fusejax import models, store
 from fusejax.checkpoint import Checkpoints
 from fusejax.config import Config
@@ -36,7 +34,6 @@ def export(config: Config) -> None:
         dtype = config.precision.export
         if dtype == "auto":  # float16 has too short a range for what bfloat16 or float32 training leaves
             dtype = "bfloat16" if own in ("bfloat16", "float16") else "float32"
-        model = nnx.merge(trainer.graphdef, state["params"])
-        hf.save(model, hf_config, folder / "export", tokenizer_from=source, dtype=dtype)
+        hf.save(trainer.model(state), hf_config, folder / "export", tokenizer_from=source, dtype=dtype)
         store.write_atomically(marker, json.dumps(wanted))
         say(f"export {name}: {folder / 'export'}")

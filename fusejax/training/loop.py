@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from fusejax import flops, metrics, sharding, store
 from fusejax.batches import Batches
@@ -68,11 +67,7 @@ def _loop(trainer: Trainer, batches: Batches, checkpoints: Checkpoints, folder: 
         if waiting is None:
             return ""
         values = _readable(waiting[1], labels)
-        if not np.isfinite(values["loss"]):
-            raise UserError(
-                f"{folder}: the loss became {values['loss']} at step {waiting[0]}; lower optimizer.learning_rate, or "
-                "set precision.compute to float32"
-            )
+        _stop_if_stuck(values, waiting[0], trainer, folder)
         meter.add(values["tokens"])
         log.write(waiting[0], values)
         return f"loss {values['loss']:.4f}"
@@ -82,7 +77,7 @@ def _loop(trainer: Trainer, batches: Batches, checkpoints: Checkpoints, folder: 
             bar.advance(first)
             for step, batch in batches.iterate(first):
                 on_mesh = sharding.put_batch(batch, trainer.mesh)
-                state, values = trainer.step(state, on_mesh, trainer.tables)
+                state, values = trainer.step(state, trainer.fixed, on_mesh, trainer.tables)
                 note = flush()
                 waiting = (step + 1, values)
                 if (step + 1) % config.checkpoint.every == 0 or step + 1 == total:
@@ -93,6 +88,18 @@ def _loop(trainer: Trainer, batches: Batches, checkpoints: Checkpoints, folder: 
     finally:
         log.close()
     return meter.summary()
+
+
+def _stop_if_stuck(values: dict[str, float], step: int, trainer: Trainer, folder: Path) -> None:
+    """UserError after `guard.limit` skipped steps in a row, and where a run would end with one."""
+    in_a_row = int(values["skipped_in_a_row"])
+    if in_a_row < (trainer.config.guard.limit if step < trainer.steps_total else 1):
+        return
+    raise UserError(
+        f"{folder}: the last {in_a_row} steps up to {step} were skipped: the loss became {values['loss']:.4g}, the "
+        f"gradient's norm {values['gradient_norm']:.4g}; lower optimizer.learning_rate, or set precision.compute to "
+        "float32"
+    )
 
 
 def _readable(values: dict[str, jax.Array], labels: list[str]) -> dict[str, float]:

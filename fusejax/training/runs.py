@@ -9,6 +9,9 @@ from fusejax import models, store, tokenizers
 from fusejax.config import Config
 from fusejax.errors import UserError
 
+# Keys that change a result by rounding alone: a run may go on with others.
+_WITHIN_ROUNDING = (("batch", "microbatch"),)
+
 
 def runs(config: Config) -> list[str]:
     """The runs of a job. Without sources there is nothing to fuse: CLM is the job itself, and the only run."""
@@ -31,15 +34,17 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
         "max_length": config.max_length,
         "compute": config.precision.compute,
     }
-    sections = ["optimizer", "batch"]
+    sections = ["optimizer", "batch", "lora", "guard"]
     if name == "fused" and config.sources:
         sections += ["loss", "fusion", "alignment"]
         for source in config.sources:
             made_from = store.Store(config.folder / "sources" / source.label).inputs
             inputs[f"source {source.label}"] = store.fingerprint(made_from)
     for section in sections:
-        for key, value in getattr(config, section).model_dump(mode="json").items():
-            inputs[f"{section}.{key}"] = value
+        values = getattr(config, section)
+        for key, value in (values.model_dump(mode="json") if values else {}).items():
+            if (section, key) not in _WITHIN_ROUNDING:
+                inputs[f"{section}.{key}"] = value
     return inputs
 
 

@@ -1,6 +1,5 @@
 """What is trained: parameters, optimizer state and step, laid out over the mesh, and the jitted step beside them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +11,23 @@ from fusejax import fusion, models, sharding
 from fusejax import optimizer as optimizers
 from fusejax.batches import token_tables
 from fusejax.config import Config
-from fusejax.training.step import make_step
+from fusejax.training import guard, tuning
+from fusejax.training.step import State, Step, make_step
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The jitted step of one run, and what it needs."""
+    """The jitted step of one run, and what it needs.
+
+    state: params (those that are trained), optimizer, step, guard, and ema where asked for; fixed: the others, which no
+    checkpoint holds. All of them arrays laid out over the mesh.
+    """
 
     config: Config
     mesh: jax.sharding.Mesh
-    state: dict[str, Any]  # params, optimizer, step: arrays laid out over the mesh
-    step: Callable[..., tuple[dict[str, Any], dict[str, jax.Array]]]
+    state: State
+    fixed: Any
+    step: Step
     tables: list[fusion.TokenTable]
     graphdef: Any
     model_config: models.DecoderConfig
@@ -40,29 +45,40 @@ class Trainer:
             remat=config.remat,
         )
         graphdef, variables = nnx.split(model)
-        params = nnx.to_pure_dict(variables)
+        trained, fixed = tuning.split(config, nnx.to_pure_dict(variables), model, mesh)
         optimizer, schedule = optimizers.make(config.optimizer, steps_total)
-        state = init_state(params, optimizer, mesh)
+        state = init_state(config, trained, optimizer, mesh)
         tables = token_tables(config) if with_sources else []
         tables = jax.device_put(tables, sharding.replicated(mesh))
-        step = make_step(config, graphdef, optimizer, schedule, steps_total, sharding.like(state), mesh)
-        return cls(config, mesh, state, step, tables, graphdef, model.config, steps_total)
+        layouts = sharding.like(state), sharding.like(fixed)
+        step = make_step(config, graphdef, optimizer, schedule, steps_total, *layouts, mesh)
+        return cls(config, mesh, state, fixed, step, tables, graphdef, model.config, steps_total)
+
+    def model(self, state: State) -> models.Decoder:
+        """The model of a state: with the running mean of the parameters where there is one, adapters merged."""
+        trained = state.get("ema", state["params"])
+        return nnx.merge(self.graphdef, jax.jit(lambda t, f: tuning.combine(self.config, t, f))(trained, self.fixed))
 
 
-def init_state(params: Any, optimizer: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Training state; every moment of the optimizer is laid out as its parameter, scalars are replicated."""
-    abstract = jax.eval_shape(optimizer.init, params)
-    by_path = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+def init_state(config: Config, trained: Any, optimizer: Any, mesh: jax.sharding.Mesh) -> State:
+    """The state before the first step. Every moment is made in the layout of its parameter; scalars are replicated."""
+    whole = sharding.replicated(mesh)
+
+    def others(trained: Any) -> State:
+        made = {"optimizer": optimizer.init(trained), "step": jnp.zeros((), jnp.int32), "guard": guard.init()}
+        if config.optimizer.ema is not None:
+            made["ema"] = jax.tree.map(jnp.copy, trained)
+        return made
+
+    by_path = {tuple(path): (leaf.shape, leaf.sharding) for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
 
     def layout(path: Any, leaf: Any) -> jax.sharding.Sharding:
-        # A moment's path in the state ends with its parameter's path.
-        key = jax.tree_util.keystr(path)
-        for name, placed in by_path.items():
-            if key.endswith(name) and leaf.ndim:
+        # A moment's path ends with its parameter's; a factored moment has another shape and is small.
+        for start in range(len(path)):
+            shape, placed = by_path.get(tuple(path[start:]), (None, whole))
+            if shape == leaf.shape:
                 return placed
-        return sharding.replicated(mesh)
+        return whole
 
-    layouts = jax.tree_util.tree_map_with_path(layout, abstract)
-    opt_state = jax.jit(optimizer.init, out_shardings=layouts)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return {"params": params, "optimizer": opt_state, "step": step}
+    layouts = jax.tree_util.tree_map_with_path(layout, jax.eval_shape(others, trained))
+    return {"params": trained} | jax.jit(others, out_shardings=layouts)(trained)

@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusejax import alignment, metrics, sharding, sources, training
+from fusejax.batches import Batches
+from fusejax.errors import UserError
+
+
+@pytest.fixture
+def job(make_job):
+    def make(**changes):
+        made = make_job(**({"optimizer": {"learning_rate": 3e-3}, "loss": {"weight_clm": 0.5}} | changes))
+        sources.run(made)
+        alignment.run(made)
+        return made
+
+    return make
+
+
+def steps(config, n, **batch):
+    """(state, metrics of each step) after n steps on whole batches."""
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"steps": n} | batch)})
+    trainer = training.Trainer.make(config, n, with_sources=True)
+    state, history = trainer.state, []
+    for _, made in Batches(config).iterate():
+        state, values = trainer.step(state, trainer.fixed, sharding.put_batch(made, trainer.mesh), trainer.tables)
+        history.append(jax.device_get(values))
+    return jax.device_get(state), history
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_microbatches_equal_the_large_batch(job):
+    config = job(batch={"sequences": 4, "epochs": 4})
+    whole, whole_history = steps(config, 3)
+    for micro in (1, 2):
+        parts, history = steps(config, 3, microbatch=micro)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), parts["params"], whole["params"]
+        )
+        for a, b in zip(history, whole_history, strict=True):
+            assert a["tokens"] == b["tokens"]
+            assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_without_a_number_leaves_everything_but_the_count(job):
+    config = job(batch={"sequences": 2, "steps": 1}, optimizer={"ema": 0.9})
+    trainer = training.Trainer.make(config, 1, with_sources=True)
+    batch = sharding.put_batch(Batches(config).batch(0), trainer.mesh)
+    broken = dict(trainer.state)
+    broken["params"] = jax.tree.map(jnp.copy, broken["params"])
+    broken["params"]["final_norm"]["scale"] = jnp.full_like(broken["params"]["final_norm"]["scale"], jnp.nan)
+    broken = jax.device_put(broken, sharding.like(trainer.state))
+    before = jax.device_get(broken)
+    after, values = trainer.step(broken, trainer.fixed, batch, trainer.tables)
+    assert (int(after["step"]), int(values["skipped"]), int(values["skipped_in_a_row"])) == (1, 1, 1)
+    for part in ("params", "optimizer", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(after[part]), before[part])
+
+
+def test_the_run_stops_after_the_limit(job):
+    config = job(
+        optimizer={"learning_rate": 1e30, "grad_clip": 1e30}, guard={"limit": 2}, batch={"sequences": 4, "epochs": 6}
+    )
+    with pytest.raises(UserError, match=r"last 2 steps up to \d+ were skipped: the loss became .*; lower optimizer"):
+        training.train(config, "fused")
+    assert [row["skipped"] for row in metrics.read(config.folder)][-1] == 1  # the last one is in the message
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "lion"])
+def test_other_optimizers_learn(job, kind):
+    rate = {"adafactor": 2e-2, "lion": 1e-3}[kind]
+    config = job(optimizer={"kind": kind, "learning_rate": rate}, batch={"sequences": 4, "epochs": 6})
+    training.train(config, "fused")
+    history = metrics.read(config.folder)
+    assert history[-1]["clm_loss"] < history[0]["clm_loss"] - 0.1
