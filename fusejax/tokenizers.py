@@ -62,9 +62,11 @@ class Tokenizer:
         """int32[vocab_size]: how many bytes each token stands for; 0 for special tokens."""
 
     @classmethod
-    def load(cls, model: str, revision: str | None = None, bos: str = "auto") -> "Tokenizer":
+    def load(
+        cls, model: str, revision: str | None = None, bos: str = "auto", split_special: bool = True
+    ) -> "Tokenizer":
         """The tokenizer of a local folder or a hub name; UserError where there is none or the hub is out of reach."""
-        return _loaded(model, revision, bos, _files(model))
+        return _loaded(model, revision, bos, split_special, _files(model))
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokenizer":
@@ -287,12 +289,14 @@ def _files(model: str) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=16)  # every stage asks for the same few
-def _loaded(model: str, revision: str | None, bos: str, files: tuple[tuple[str, int, int], ...]) -> Tokenizer:
+def _loaded(
+    model: str, revision: str | None, bos: str, split_special: bool, files: tuple[tuple[str, int, int], ...]
+) -> Tokenizer:
     hf = _load(model, revision)
     # transformers makes an empty tokenizer, without a word, where the files of one are missing.
     if not set(hf.get_vocab()).difference(hf.all_special_tokens):
         _refuse_missing(model)
-    return Tokenizer(hf, name=model, copy=False, bos=bos)
+    return Tokenizer(hf, name=model, split_special=split_special, copy=False, bos=bos)
 
 
 def has_files(folder: Path) -> bool:

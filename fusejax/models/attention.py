@@ -1,13 +1,18 @@
 """Causal self-attention over packed documents: rotation, ALiBi and the masked softmax.
 
-Shapes: B sequences, L tokens, N query heads, G key/value heads (N is a multiple of G), K features of a head.
+Shapes: B sequences, L tokens (or Q queries and S keys), N query heads, G key/value heads (N is a multiple of G), K
+features of a head.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+WHOLE_UP_TO = 512  # queries; more are done in blocks
+QUERY_BLOCK = 256
 
 
 def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
@@ -24,17 +29,6 @@ def segment_lengths(segment_ids_BL: jax.Array, positions_BL: jax.Array) -> jax.A
     after_BL = jnp.pad(segment_ids_BL[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     ends_BL = jnp.where(segment_ids_BL != after_BL, jnp.arange(length, dtype=jnp.int32), length)
     return 1 + jnp.take_along_axis(positions_BL, jax.lax.cummin(ends_BL, axis=1, reverse=True), axis=1)
-
-
-def causal_mask(segment_ids_BL: jax.Array) -> jax.Array:
-    """Which key each query sees, bool [B, 1, L, L]: the same segment, not later.
-
-    Padding (segment 0) is a segment like any other: it sees and is seen by padding only. So every row sees
-    at least itself, and no softmax runs over nothing.
-    """
-    length = segment_ids_BL.shape[1]
-    same_BLL = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
-    return (same_BLL & jnp.tri(length, dtype=bool))[:, None]
 
 
 def rotate(heads_BLNK: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
@@ -64,50 +58,138 @@ def alibi_slopes(n_heads: int, bias_max: float) -> np.ndarray:
     return slopes.astype(np.float32)
 
 
-def alibi_bias(positions_BL: jax.Array, slopes_N: np.ndarray, scale: float = 1.0, bf16: bool = False) -> jax.Array:
-    """scale * slope * (key position - query position), float32 [B, N, L, L].
+class Alibi(NamedTuple):
+    """Attention with linear biases: scale * slope * (key position - query position) is added to the scores."""
 
-    bf16: slope, position and their product are each rounded to bfloat16 first, as Falcon was trained.
+    slopes: tuple[float, ...]  # one per head
+    scale: float = 1.0
+    bf16: bool = False  # slope, position and their product are each rounded to bfloat16, as Falcon was trained
+
+
+class Features(NamedTuple):
+    """What a model's attention has beside the causal mask; every implementation honours all of it or refuses."""
+
+    scale: float
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    alibi: Alibi | None = None
+
+
+class Tokens(NamedTuple):
+    """Where queries or keys stand. A token sees the tokens of its own segment that are not after it.
+
+    Padding (segment 0) is a segment like any other: it sees and is seen by padding only. So a token sees at least
+    itself, and no softmax runs over nothing.
+    """
+
+    index_L: jax.Array  # int32: the order of the tokens in the row
+    positions_BL: jax.Array  # int32: what ALiBi takes distances of
+    segments_BL: jax.Array | None  # int32; None where all tokens are of one segment
+
+    @classmethod
+    def of(cls, positions_BL: jax.Array, segments_BL: jax.Array | None = None) -> "Tokens":
+        """Tokens that stand one after the other."""
+        return cls(jnp.arange(positions_BL.shape[1], dtype=jnp.int32), positions_BL, segments_BL)
+
+
+def visible(queries: Tokens, keys: Tokens, window: int | None = None) -> jax.Array:
+    """Which key each query sees, bool [B or 1, 1, Q, S]."""
+    distance_QS = queries.index_L[:, None] - keys.index_L[None, :]
+    mask_BQS = (distance_QS >= 0)[None]
+    if window is not None:
+        mask_BQS &= (distance_QS < window)[None]
+    if queries.segments_BL is not None and keys.segments_BL is not None:
+        mask_BQS &= queries.segments_BL[:, :, None] == keys.segments_BL[:, None, :]
+    return mask_BQS[:, None]
+
+
+def alibi_bias(queries: Tokens, keys: Tokens, alibi: Alibi) -> jax.Array:
+    """What ALiBi adds to the scores, float32 [B, N, Q, S].
+
     Made from small arrays right where it is added, so that XLA fuses it and keeps no copy per layer.
     """
 
     def rounded(x: jax.Array) -> jax.Array:  # a cast there and back is one that XLA may leave out
-        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if bf16 else x
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if alibi.bf16 else x
 
-    slopes, positions = rounded(jnp.asarray(slopes_N)), rounded(positions_BL.astype(jnp.float32))
-    height_BNL = rounded(slopes[None, :, None] * positions[:, None])
-    return scale * (height_BNL[:, :, None, :] - height_BNL[:, :, :, None])
+    def height(tokens: Tokens) -> jax.Array:
+        slopes_N, positions_BL = jnp.asarray(alibi.slopes, jnp.float32), tokens.positions_BL.astype(jnp.float32)
+        return rounded(rounded(slopes_N)[None, :, None] * rounded(positions_BL)[:, None])
+
+    return alibi.scale * (height(keys)[:, :, None, :] - height(queries)[:, :, :, None])
 
 
 def attend(
-    query_BLNK: jax.Array,
-    key_BLGK: jax.Array,
-    value_BLGK: jax.Array,
-    mask: jax.Array,
-    bias: jax.Array | None,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query_BQNK: jax.Array,
+    key_BSGK: jax.Array,
+    value_BSGK: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    features: Features,
 ) -> jax.Array:
-    """softmax(softcap(scale * q·k) + bias) v over the keys that `mask` allows, [B, L, N, K] in the query's dtype.
+    """softmax(softcap(scale * q·k) + bias) v over the keys that each query sees, [B, Q, N, K] in the query's dtype."""
+    if query_BQNK.shape[1] <= WHOLE_UP_TO:
+        return attend_xla(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
+    return attend_blockwise(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
 
-    mask: bool [B, 1, L, L], with at least one key for every query; bias: float32 [B, N, L, L]. window: a query sees
-    its own token and the window - 1 tokens before it. softcap: cap * tanh(x / cap). Scores and softmax
-    are float32. Heads come before tokens in every product: on CPUs XLA is a quarter faster that way than with
-    `jax.nn.dot_product_attention`, whose cuDNN implementation takes no segment ids.
+
+def attend_xla(
+    query_BQNK: jax.Array,
+    key_BSGK: jax.Array,
+    value_BSGK: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    features: Features,
+) -> jax.Array:
+    """`attend` in plain operations: the reference.
+
+    Scores and softmax are float32. Heads come before tokens in every product: on CPUs XLA is a quarter faster that
+    way than with `jax.nn.dot_product_attention`.
     """
-    B, L, N, K = query_BLNK.shape
-    G = key_BLGK.shape[2]
-    query_BGRLK = query_BLNK.reshape(B, L, G, N // G, K).transpose(0, 2, 3, 1, 4)
-    key_BGLK, value_BGLK = key_BLGK.transpose(0, 2, 1, 3), value_BLGK.transpose(0, 2, 1, 3)
-    scores_BGRLL = scale * jnp.einsum("bgrqk,bgsk->bgrqs", query_BGRLK, key_BGLK, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        scores_BGRLL = softcap * jnp.tanh(scores_BGRLL / softcap)
-    if bias is not None:
-        scores_BGRLL += bias.reshape(B, G, N // G, L, L)
-    if window is not None:
-        mask &= ~jnp.tri(L, k=-window, dtype=bool)
-    scores_BGRLL = jnp.where(mask[:, :, None], scores_BGRLL, -jnp.inf)
-    weights_BGRLL = jax.nn.softmax(scores_BGRLL, axis=-1).astype(query_BLNK.dtype)
-    mixed_BGRLK = jnp.einsum("bgrqs,bgsk->bgrqk", weights_BGRLL, value_BGLK)
-    return mixed_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, N, K)
+    B, Q, N, K = query_BQNK.shape
+    S, G = key_BSGK.shape[1:3]
+    query_BGRQK = query_BQNK.reshape(B, Q, G, N // G, K).transpose(0, 2, 3, 1, 4)
+    key_BGSK, value_BGSK = key_BSGK.transpose(0, 2, 1, 3), value_BSGK.transpose(0, 2, 1, 3)
+    scores_BGRQS = features.scale * jnp.einsum(
+        "bgrqk,bgsk->bgrqs", query_BGRQK, key_BGSK, preferred_element_type=jnp.float32
+    )
+    if features.softcap is not None:
+        scores_BGRQS = features.softcap * jnp.tanh(scores_BGRQS / features.softcap)
+    if features.alibi is not None:
+        scores_BGRQS += alibi_bias(queries, keys, features.alibi).reshape(-1, G, N // G, Q, S)
+    mask = visible(queries, keys, features.window)
+    scores_BGRQS = jnp.where(mask[:, :, None], scores_BGRQS, -jnp.inf)
+    weights_BGRQS = jax.nn.softmax(scores_BGRQS, axis=-1).astype(query_BQNK.dtype)
+    mixed_BGRQK = jnp.einsum("bgrqs,bgsk->bgrqk", weights_BGRQS, value_BGSK)
+    return mixed_BGRQK.transpose(0, 3, 1, 2, 4).reshape(B, Q, N, K)
+
+
+def attend_blockwise(
+    query_BQNK: jax.Array,
+    key_BSGK: jax.Array,
+    value_BSGK: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    features: Features,
+    block: int = QUERY_BLOCK,
+) -> jax.Array:
+    """`attend_xla`, `block` queries at a time, so that the scores take B N block S floats and not B N Q S.
+
+    The backward pass makes each block's scores anew.
+    """
+    B, Q, N, K = query_BQNK.shape
+    n_blocks = -(-Q // block)
+
+    def split(array: jax.Array, axis: int) -> jax.Array:
+        # The rows that fill up the last block stand where the last row stands, so that they see something.
+        widths = [(0, n_blocks * block - Q if at == axis else 0) for at in range(array.ndim)]
+        padded = jnp.pad(array, widths, mode="edge")
+        return jnp.moveaxis(padded.reshape(*array.shape[:axis], n_blocks, block, *array.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def mix(rows: tuple[jax.Array, Tokens]) -> jax.Array:
+        return attend_xla(rows[0], key_BSGK, value_BSGK, rows[1], keys, features)
+
+    blocks = split(query_BQNK, 1), jax.tree.map(lambda array: split(array, array.ndim - 1), queries)
+    mixed = jnp.moveaxis(jax.lax.map(mix, blocks), 0, 1)
+    return mixed.reshape(B, n_blocks * block, N, K)[:, :Q]

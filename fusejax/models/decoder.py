@@ -10,7 +10,7 @@ head, V rows of the vocabulary. The parameters of all layers are stacked along a
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,20 @@ from flax import nnx
 
 from fusejax.models import attention, rope
 from fusejax.models.config import DecoderConfig
-from fusejax.models.layers import Axes, Block, Context, Layer, Linear, Norm, declare
+from fusejax.models.layers import Axes, Block, Context, KeysValues, Layer, Linear, Norm, declare
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for S tokens a row, and where each stands.
+
+    All rows have their latest token at the same place, so that one program serves prompts of any length.
+    """
+
+    keys: jax.Array  # [layers, B, S, G, K]
+    values: jax.Array
+    positions: jax.Array  # int32 [B, S]
+    segments: jax.Array  # int32 [B, S]: 1 for tokens, 0 for padding
+    slot: jax.Array  # int32 []: where the next token goes
 
 
 class Decoder(nnx.Module):
@@ -78,11 +91,46 @@ class Decoder(nnx.Module):
         default: counted from the beginning of each run of equal segment ids. Positions beyond a table of learned
         positions give NaN.
         """
-        if segment_ids is None:
-            segment_ids = jnp.ones(ids_BL.shape, jnp.int32)
         if positions is None:
-            positions = attention.segment_positions(segment_ids)
-        hidden_BLD = self._run_blocks(self._embed(ids_BL, positions), self._context(segment_ids, positions))
+            one_document = jnp.ones(ids_BL.shape, jnp.int32)
+            positions = attention.segment_positions(one_document if segment_ids is None else segment_ids)
+        tokens = attention.Tokens.of(positions, segment_ids)
+        return self._leave(self._run_blocks(self._embed(ids_BL, positions), self._context(tokens))[0])
+
+    def prefill(
+        self, ids_BL: jax.Array, segment_ids: jax.Array, positions: jax.Array, size: int
+    ) -> tuple[jax.Array, Cache]:
+        """`hidden`, and the keys and values of its tokens in a cache with room for `size` tokens a row.
+
+        Each row ends with its prompt (segment 1), on whose left is padding (segment 0, position 0).
+        """
+        tokens = attention.Tokens.of(positions, segment_ids)
+        hidden_BLD, own = self._run_blocks(self._embed(ids_BL, positions), self._context(tokens))
+        free = size - ids_BL.shape[1]
+        keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, free), (0, 0), (0, 0))) for x in own)
+        positions_BS, segments_BS = (jnp.pad(x, ((0, 0), (0, free))) for x in (positions, segment_ids))
+        slot = jnp.asarray(ids_BL.shape[1], jnp.int32)
+        return self._leave(hidden_BLD), Cache(keys, values, positions_BS, segments_BS, slot)
+
+    def decode(self, ids_B1: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`hidden` [B, 1, H] of one more token a row, after those of the cache, and the cache with them."""
+        slot = cache.slot
+        positions_B1 = jax.lax.dynamic_slice_in_dim(cache.positions, slot - 1, 1, axis=1) + 1
+        own = attention.Tokens(slot[None], positions_B1, jnp.ones_like(positions_B1))
+        cached = attention.Tokens.of(
+            jax.lax.dynamic_update_slice_in_dim(cache.positions, positions_B1, slot, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(cache.segments, own.segments_BL, slot, axis=1),
+        )
+        context = self._context(own)._replace(cached=cached, slot=slot)
+        hidden_B1D, new = self._run_blocks(self._embed(ids_B1, positions_B1), context, (cache.keys, cache.values))
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, x, slot, axis=2)
+            for old, x in zip((cache.keys, cache.values), new, strict=True)
+        )
+        return self._leave(hidden_B1D), Cache(keys, values, cached.positions_BL, cached.segments_BL, slot + 1)
+
+    def _leave(self, hidden_BLD: jax.Array) -> jax.Array:
+        """From the residual stream to the states that logits are made of."""
         if self.final_norm is not None:
             hidden_BLD = self.final_norm(hidden_BLD)
         if self.config.embedding_dim:
@@ -103,28 +151,36 @@ class Decoder(nnx.Module):
             hidden_BLD += jnp.take(self.positions[...], rows, axis=0, mode="fill").astype(self.compute_dtype)
         return hidden_BLD if self.embedding_norm is None else self.embedding_norm(hidden_BLD)
 
-    def _context(self, segment_ids: jax.Array, positions: jax.Array) -> Context:
+    def _context(self, tokens: attention.Tokens) -> Context:
         c, rotary, rotary_window = self.config, None, None
         if c.rotary_dim:
-            lengths = attention.segment_lengths(segment_ids, positions)
+            positions, segments = tokens.positions_BL, tokens.segments_BL
+            lengths = attention.segment_lengths(jnp.ones_like(positions) if segments is None else segments, positions)
             rotary = rope.angles(positions, lengths, c.rotary_dim, c.rope_theta, c.rope_scaling)
             if c.rope_theta_window is not None:
                 rotary_window = rope.angles(positions, lengths, c.rotary_dim, c.rope_theta_window, None)
-        return Context(attention.causal_mask(segment_ids), positions, rotary, rotary_window)
+        return Context(tokens, rotary, rotary_window)
 
-    def _run_blocks(self, hidden_BLD: jax.Array, context: Context) -> jax.Array:
+    def _run_blocks(
+        self, hidden_BLD: jax.Array, context: Context, cache: KeysValues | None = None
+    ) -> tuple[jax.Array, KeysValues]:
+        """(hidden, the tokens' own keys and values of all layers [layers, B, L, G, K]); `cache` likewise, of S keys.
+
+        Where the keys and values are not used, the compiler leaves them out.
+        """
         graphdef, layers = nnx.split(self.blocks)
         c = self.config
         unroll = min(self.unroll, c.n_layers)
 
-        def step(hidden_BLD: jax.Array, layer: tuple[nnx.State, Layer]) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer[0])(hidden_BLD, context, layer[1]), None
+        def step(hidden_BLD: jax.Array, layer: tuple[nnx.State, Layer]) -> tuple[jax.Array, KeysValues]:
+            return nnx.merge(graphdef, layer[0])(hidden_BLD, context, layer[1])
 
         if self.remat == "full":
             # A loop cannot merge the second computation with the first; straight-line code could.
             step = jax.checkpoint(step, prevent_cse=unroll > 1)
-        places = Layer(jnp.arange(1, c.n_layers + 1, dtype=jnp.int32), jnp.asarray(np.array(c.has_window)))
-        return jax.lax.scan(step, hidden_BLD, (layers, places), unroll=unroll)[0]
+        numbers = jnp.arange(1, c.n_layers + 1, dtype=jnp.int32)
+        places = Layer(numbers, jnp.asarray(np.array(c.has_window)), cache)
+        return jax.lax.scan(step, hidden_BLD, (layers, places), unroll=unroll)
 
     def unembedding(self) -> jax.Array:
         """[H, V] in the parameters' dtype; logits = hidden @ unembedding, but for `config.logit_softcap`."""

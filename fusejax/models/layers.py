@@ -24,10 +24,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Context(NamedTuple):
     """What every layer needs to know about the tokens."""
 
-    mask: jax.Array  # bool [B, 1, L, L]
-    positions: jax.Array  # int32 [B, L]
+    tokens: attention.Tokens
     rotary: tuple[jax.Array, jax.Array] | None  # cos, sin
     rotary_window: tuple[jax.Array, jax.Array] | None  # those of the layers with a window where they are others
+    cached: attention.Tokens | None = None  # the keys to attend to where they are not the tokens' own
+    slot: jax.Array | None = None  # int32 []: where among `cached` the tokens' own keys go
+
+
+KeysValues = tuple[jax.Array, jax.Array]  # [B, L, G, K] each
 
 
 class Layer(NamedTuple):
@@ -35,6 +39,7 @@ class Layer(NamedTuple):
 
     number: jax.Array  # int32 [], from 1
     has_window: jax.Array  # bool []
+    cache: KeysValues | None = None  # of the tokens before; [B, S, G, K] each, S being those of `Context.cached`
 
 
 def declare(shape: tuple[int, ...], axes: Axes, init: str) -> nnx.Param:
@@ -100,7 +105,8 @@ class Attention(nnx.Module):
             self.query_norm = Norm(c, queries, ("heads", None), declare, bias=False)
             self.key_norm = Norm(c, keys, ("kv_heads", None), declare, bias=False)
 
-    def __call__(self, x_BLD: jax.Array, context: Context, layer: Layer) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, context: Context, layer: Layer) -> tuple[jax.Array, KeysValues]:
+        """(what is added to the residual stream, the tokens' own keys and values)."""
         c = self.config
         query, key, value = self.query(x_BLD), self.key(x_BLD), self.value(x_BLD)
         if c.clip_qkv is not None:
@@ -113,7 +119,7 @@ class Attention(nnx.Module):
         query, key = self._rotate(query, key, context, layer)
         if c.attention_scale_by_layer:
             query = query / layer.number.astype(query.dtype)
-        return self.out(self._attend(query, key, value, context, layer))
+        return self.out(self._attend(query, key, value, context, layer)), (key, value)
 
     def _rotate(self, query: jax.Array, key: jax.Array, context: Context, layer: Layer) -> tuple[jax.Array, jax.Array]:
         angles = context.rotary
@@ -129,17 +135,22 @@ class Attention(nnx.Module):
         )
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context, layer: Layer) -> jax.Array:
-        c = self.config
-        bias = None
+        c, keys = self.config, context.tokens
+        if layer.cache is not None and context.cached is not None:
+            keys, slot = context.cached, context.slot
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+                for old, new in zip(layer.cache, (key, value), strict=True)
+            )
+        alibi = None
         if c.alibi_bias_max is not None:
             slopes = attention.alibi_slopes(c.n_heads, c.alibi_bias_max)
-            bias = attention.alibi_bias(context.positions, slopes, c.alibi_scale, c.alibi_bf16)
+            alibi = attention.Alibi(tuple(slopes.tolist()), c.alibi_scale, c.alibi_bf16)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
 
         def attend(window: int | None) -> jax.Array:
-            return attention.attend(
-                query, key, value, context.mask, bias, scale, window=window, softcap=c.attention_softcap
-            )
+            features = attention.Features(scale, window, c.attention_softcap, alibi)
+            return attention.attend(query, key, value, context.tokens, keys, features)
 
         if len(set(c.has_window)) == 1:
             return attend(c.window if c.has_window[0] else None)
@@ -211,22 +222,19 @@ class Block(nnx.Module):
         if c.norm_position == "both":
             self.attention_out_norm, self.mlp_out_norm = norm(), norm()
 
-    def __call__(self, x_BLD: jax.Array, context: Context, layer: Layer) -> jax.Array:
-        def attend(x: jax.Array) -> jax.Array:
-            return self.attention(x, context, layer)
-
+    def __call__(self, x_BLD: jax.Array, context: Context, layer: Layer) -> tuple[jax.Array, KeysValues]:
+        """(the residual stream after the layer, the tokens' own keys and values)."""
         c = self.config
+        normed = x_BLD if c.norm_position == "post" else self.attention_norm(x_BLD)
+        mixed, own = self.attention(normed, context, layer)
         if self.mlp_norm is None or c.parallel_residual:
-            attention_input = self.attention_norm(x_BLD)
-            mlp_input = attention_input if self.mlp_norm is None else self.mlp_norm(x_BLD)
-            return x_BLD + attend(attention_input) + self.mlp(mlp_input)
+            return x_BLD + mixed + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x_BLD)), own
         if c.norm_position == "both":
-            x_BLD += self.attention_out_norm(attend(self.attention_norm(x_BLD)))
-            return x_BLD + self.mlp_out_norm(self.mlp(self.mlp_norm(x_BLD)))
-        for norm, part in ((self.attention_norm, attend), (self.mlp_norm, self.mlp)):
-            if c.norm_position == "post":
-                x_BLD = norm(x_BLD + part(x_BLD))
-            else:
-                normed = norm(x_BLD)
-                x_BLD = (normed if c.residual_after_norm else x_BLD) + part(normed)
-        return x_BLD
+            x_BLD += self.attention_out_norm(mixed)
+            return x_BLD + self.mlp_out_norm(self.mlp(self.mlp_norm(x_BLD))), own
+        if c.norm_position == "post":
+            x_BLD = self.attention_norm(x_BLD + mixed)
+            return self.mlp_norm(x_BLD + self.mlp(x_BLD)), own
+        x_BLD = (normed if c.residual_after_norm else x_BLD) + mixed
+        normed = self.mlp_norm(x_BLD)
+        return (normed if c.residual_after_norm else x_BLD) + self.mlp(normed), own

@@ -1,0 +1,243 @@
+"""Generation: prompts of different lengths together, with a cache of keys and values.
+
+    fusejax.generate("path/or/hub-name", "Once upon a time", max_tokens=64)
+
+Prompts are padded on the left to one of a few lengths, so that all rows write their next token to the same place of the
+cache and programs are compiled once for many prompts: one reads the prompts, one adds a token.
+Shapes: B prompts, P tokens of the longest, S places in the cache, V rows of the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fusejax.errors import UserError
+from fusejax.models import files
+from fusejax.models.decoder import Cache, Decoder
+from fusejax.models.texts import TextStream
+from fusejax.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: first the temperature, then `top_k`, then `top_p`.
+
+    temperature 0 takes the most probable token. top_k: only the k most probable, 0 for all. top_p: only the most
+    probable whose probabilities together first reach p (nucleus sampling, Holtzman et al. 2020, section 3.1).
+    Equal seeds give equal tokens; a row's tokens depend on its own prompt and number alone.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, right, wanted in (
+            ("temperature", 0 <= self.temperature < float("inf"), "a number from 0 on"),
+            ("top_k", self.top_k >= 0, "a whole number from 0 on"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1"),
+        ):
+            if not right:
+                raise UserError(f"{name}: {getattr(self, name)} should be {wanted}")
+
+
+class _Choice(NamedTuple):
+    """A `Sampling` as arrays, so that other values are no other program."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    keys: jax.Array  # one random key per row
+
+
+def keep(logits_BV: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> Any:
+    """(logits / temperature, sorted descending, -inf for those that are not drawn from; their ids), [B, V] each."""
+    ids_BV = jnp.argsort(-logits_BV, axis=-1)
+    sorted_BV = jnp.take_along_axis(logits_BV, ids_BV, axis=-1) / temperature
+    rank_V = jnp.arange(logits_BV.shape[-1])
+    sorted_BV = jnp.where((top_k == 0) | (rank_V < top_k), sorted_BV, -jnp.inf)
+    probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+    kept_BV = (top_p >= 1) | (before_BV < top_p) | (rank_V == 0)
+    return jnp.where(kept_BV, sorted_BV, -jnp.inf), ids_BV
+
+
+def _choose(model: Decoder, hidden_BH: jax.Array, n: jax.Array, choice: _Choice | None, rows: int) -> jax.Array:
+    """The next token of each row, int32 [B], its n-th; choice None: the most probable."""
+    logits_BV = model.logits(hidden_BH)[:, :rows]
+    if choice is None:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    sorted_BV, ids_BV = keep(logits_BV, choice.temperature, choice.top_k, choice.top_p)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(choice.keys, n)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, sorted_BV)
+    return jnp.take_along_axis(ids_BV, drawn_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(
+    graphdef: Any, rows: int, size: int, params: Any, ids_BP: jax.Array, segments_BP: jax.Array, choice: _Choice | None
+) -> tuple[jax.Array, Cache]:
+    """(the first token of each row, the cache) of the prompts."""
+    model = nnx.merge(graphdef, params)
+    positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
+    hidden_BPH, cache = model.prefill(ids_BP, segments_BP, positions_BP, size)
+    return _choose(model, hidden_BPH[:, -1], jnp.int32(0), choice, rows), cache
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _next(
+    graphdef: Any, rows: int, params: Any, tokens_B: jax.Array, cache: Cache, n: jax.Array, choice: _Choice | None
+) -> tuple[jax.Array, Cache]:
+    """(the next token of each row, the cache with `tokens_B` in it)."""
+    model = nnx.merge(graphdef, params)
+    hidden_B1H, cache = model.decode(tokens_B[:, None], cache)
+    return _choose(model, hidden_B1H[:, -1], n, choice, rows), cache
+
+
+def _bucket(n: int) -> int:
+    """A length of at least n, one of few: within an eighth of n from 64 on."""
+    step = max(8, 1 << (n.bit_length() - 3))
+    return -(-n // step) * step
+
+
+def tokens(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    vocab_size: int | None = None,
+) -> Iterator[np.ndarray]:
+    """The tokens that follow each prompt, one for every prompt at a time: int32 [B], `max_tokens` times.
+
+    prompts: token ids, at least one each. vocab_size: only ids below it are chosen (a padded embedding has more rows).
+    A token is computed while the one before it is looked at. Raises UserError for an empty prompt and where a model's
+    table of positions ends before the last token.
+    """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens: {max_tokens} should be a whole number above 0")
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise UserError("prompt: it has no tokens; this tokenizer has no BOS token to begin with")
+    limit = model.config.learned_positions - model.config.position_offset
+    if model.config.learned_positions and max(lengths) + max_tokens > limit:
+        raise UserError(
+            f"max_tokens: a prompt of {max(lengths)} tokens and {max_tokens} more are beyond the model's {limit} "
+            "positions"
+        )
+    longest = _bucket(max(lengths))
+    ids_BP = np.zeros((len(prompts), longest), np.int32)
+    segments_BP = np.zeros_like(ids_BP)
+    for row, prompt in enumerate(prompts):
+        ids_BP[row, longest - len(prompt) :] = prompt
+        segments_BP[row, longest - len(prompt) :] = 1
+    choice = None
+    if sampling.temperature > 0:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
+        values = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+        choice = _Choice(*values, keys)
+    graphdef, params = nnx.split(model)
+    rows = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    now, cache = _start(graphdef, rows, _bucket(longest + max_tokens), params, ids_BP, segments_BP, choice)
+    for n in range(1, max_tokens):
+        later, cache = _next(graphdef, rows, params, now, cache, jnp.int32(n), choice)
+        yield np.asarray(now)
+        now = later
+    yield np.asarray(now)
+
+
+def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's EOS."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            found = files.read_json(folder / name).get("eos_token_id")
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [found])
+    return frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+
+
+class Generator:
+    """A model with its tokenizer, ready to continue texts.
+
+    ends: ids of the tokens that end a text; default: the tokenizer's EOS. Special tokens that are written in a prompt
+    ('<|im_start|>') are those tokens where the tokenizer was loaded with `split_special=False`.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, ends: frozenset[int] | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        default = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.ends = frozenset(default) if ends is None else ends
+
+    @classmethod
+    def load(cls, path_or_repo: str | Path, revision: str | None = None, **options: Any) -> "Generator":
+        """That of a folder or a hub name; the options are those of `fusejax.load`."""
+        from fusejax import models
+
+        folder = files.local_folder(path_or_repo, revision)
+        tokenizer = Tokenizer.load(str(folder), split_special=False)
+        return cls(models.load(folder, **options), tokenizer, eos_ids(folder, tokenizer))
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int = 128,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        show: Callable[[int, str], None] = lambda row, text: None,
+    ) -> list[str]:
+        """The text that follows each prompt, up to an end, a string of `stop` (left out) or `max_tokens` tokens.
+
+        show(row, text): called with each new piece of text as soon as no stop string can begin in it.
+        """
+        if "" in stop:
+            raise UserError("stop: an empty string would stop everything")
+        front = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        ids = [[*front, *encoded.tolist()] for encoded, _ in self.tokenizer.encode_batch(prompts)]
+        streams = [TextStream(self.tokenizer.canonical_bytes, self.ends, stop) for _ in prompts]
+
+        def add(row: int, piece: str) -> None:
+            if piece:
+                show(row, piece)
+
+        for now in tokens(self.model, ids, max_tokens, sampling, self.tokenizer.vocab_size):
+            for row, stream in enumerate(streams):
+                add(row, stream.push(int(now[row])))
+            if all(stream.done for stream in streams):
+                break
+        for row, stream in enumerate(streams):
+            add(row, stream.close())
+        return [stream.text for stream in streams]
+
+
+@overload
+def generate(model: Any, prompts: str, **options: Any) -> str: ...
+@overload
+def generate(model: Any, prompts: Sequence[str], **options: Any) -> list[str]: ...
+def generate(
+    model: Generator | str | Path,
+    prompts: str | Sequence[str],
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> str | list[str]:
+    """The text that follows a prompt (a string), or each of several, without the prompt.
+
+    model: a folder, a hub name or, to load it once for many calls, a `Generator`. temperature, top_k, top_p, seed: see
+    `Sampling`. stop: the text ends before the first of these strings. Raises UserError for values that make no sense.
+    """
+    generator = model if isinstance(model, Generator) else Generator.load(model)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    results = generator(texts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop)
+    return results[0] if isinstance(prompts, str) else results
