@@ -92,7 +92,31 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     help_text = "measure what a part costs on this machine"
     benches = commands.add_parser("bench", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     bench.add_parser(benches, arguments)
+    _add_generate(commands)
     return parser
+
+
+def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    help_text = "continue a text with a model, and show it as it comes"
+    parser = commands.add_parser("generate", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    parser.add_argument("model", metavar="MODEL", help="a model folder or a hub name")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads standard input")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="most tokens to add (default 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most probable token"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens only")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the most probable tokens that together reach P"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="equal seeds draw equal tokens (default 0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument("--revision", metavar="REV", help="revision of a hub name")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: float32 on CPUs)"
+    )
 
 
 def _command(arguments: Sequence[str] | None) -> None:
@@ -108,6 +132,11 @@ def _command(arguments: Sequence[str] | None) -> None:
             verification.verify(options.path)
         else:
             inspection.show(options.path, options.record, options.row)
+        return
+    if options.command == "generate":
+        from fusejax.models import generate
+
+        generate.show(options)
         return
     job = config.load(options.config, options.overrides)
     if options.command == "plan":

@@ -116,18 +116,19 @@ class Decoder(nnx.Module):
         """`hidden` [B, 1, H] of one more token a row, after those of the cache, and the cache with them."""
         slot = cache.slot
         positions_B1 = jax.lax.dynamic_slice_in_dim(cache.positions, slot - 1, 1, axis=1) + 1
-        own = attention.Tokens(slot[None], positions_B1, jnp.ones_like(positions_B1))
-        cached = attention.Tokens.of(
-            jax.lax.dynamic_update_slice_in_dim(cache.positions, positions_B1, slot, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(cache.segments, own.segments_BL, slot, axis=1),
+        real_B1 = jnp.ones_like(positions_B1)
+        own = attention.Tokens(slot[None], positions_B1, real_B1)
+        positions_BS, segments_BS = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+            for old, new in ((cache.positions, positions_B1), (cache.segments, real_B1))
         )
-        context = self._context(own)._replace(cached=cached, slot=slot)
+        context = self._context(own)._replace(cached=attention.Tokens.of(positions_BS, segments_BS))
         hidden_B1D, new = self._run_blocks(self._embed(ids_B1, positions_B1), context, (cache.keys, cache.values))
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(old, x, slot, axis=2)
             for old, x in zip((cache.keys, cache.values), new, strict=True)
         )
-        return self._leave(hidden_B1D), Cache(keys, values, cached.positions_BL, cached.segments_BL, slot + 1)
+        return self._leave(hidden_B1D), Cache(keys, values, positions_BS, segments_BS, slot + 1)
 
     def _leave(self, hidden_BLD: jax.Array) -> jax.Array:
         """From the residual stream to the states that logits are made of."""

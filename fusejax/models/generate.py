@@ -7,11 +7,13 @@ cache and programs are compiled once for many prompts: one reads the prompts, on
 Shapes: B prompts, P tokens of the longest, S places in the cache, V rows of the vocabulary.
 """
 
+import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +106,8 @@ def _next(
 
 
 def _bucket(n: int) -> int:
-    """A length of at least n, one of few: within an eighth of n from 64 on."""
-    step = max(8, 1 << (n.bit_length() - 3))
+    """A length of at least n, one of few: at most a quarter longer from 32 on."""
+    step = max(8, 1 << max(n.bit_length() - 3, 0))
     return -(-n // step) * step
 
 
@@ -217,10 +219,6 @@ class Generator:
         return [stream.text for stream in streams]
 
 
-@overload
-def generate(model: Any, prompts: str, **options: Any) -> str: ...
-@overload
-def generate(model: Any, prompts: Sequence[str], **options: Any) -> list[str]: ...
 def generate(
     model: Generator | str | Path,
     prompts: str | Sequence[str],
@@ -241,3 +239,13 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     results = generator(texts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop)
     return results[0] if isinstance(prompts, str) else results
+
+
+def show(options: argparse.Namespace) -> None:
+    """`fusejax generate`: the text on standard output, as it comes."""
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    generator = Generator.load(options.model, options.revision, dtype=dtype, compute_dtype=dtype)
+    generator([prompt], options.max_tokens, sampling, options.stop, lambda row, text: print(text, end="", flush=True))
+    print()

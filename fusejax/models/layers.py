@@ -27,8 +27,7 @@ class Context(NamedTuple):
     tokens: attention.Tokens
     rotary: tuple[jax.Array, jax.Array] | None  # cos, sin
     rotary_window: tuple[jax.Array, jax.Array] | None  # those of the layers with a window where they are others
-    cached: attention.Tokens | None = None  # the keys to attend to where they are not the tokens' own
-    slot: jax.Array | None = None  # int32 []: where among `cached` the tokens' own keys go
+    cached: attention.Tokens | None = None  # the keys to attend to where they are not only the tokens' own
 
 
 KeysValues = tuple[jax.Array, jax.Array]  # [B, L, G, K] each
@@ -137,9 +136,9 @@ class Attention(nnx.Module):
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context, layer: Layer) -> jax.Array:
         c, keys = self.config, context.tokens
         if layer.cache is not None and context.cached is not None:
-            keys, slot = context.cached, context.slot
+            keys = context.cached
             key, value = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+                jax.lax.dynamic_update_slice_in_dim(old, new, context.tokens.index_L[0], axis=1)
                 for old, new in zip(layer.cache, (key, value), strict=True)
             )
         alibi = None
