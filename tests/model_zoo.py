@@ -25,6 +25,24 @@ NEOX = dict(
     num_attention_heads=4, max_position_embeddings=16,
 )  # fmt: skip
 
+PHI3 = _ROTARY | dict(model_type="phi3", original_max_position_embeddings=8, pad_token_id=0)
+PHI3.pop("head_dim")
+STABLELM = PHI3 | dict(model_type="stablelm", partial_rotary_factor=0.5)
+STABLELM.pop("original_max_position_embeddings")
+GPT2 = dict(model_type="gpt2", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+GPTJ = GPT2 | dict(model_type="gptj", rotary_dim=4)
+OPT = dict(
+    model_type="opt", vocab_size=V, hidden_size=32, ffn_dim=44, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=32,
+)  # fmt: skip
+BLOOM = dict(model_type="bloom", vocab_size=V, hidden_size=32, n_layer=2, n_head=4)
+FALCON = dict(
+    model_type="falcon", vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=16,
+)  # fmt: skip
+FALCON_NEW = FALCON | dict(new_decoder_architecture=True, num_kv_heads=2)
+FALCON_RW = FALCON | dict(alibi=True, bias=True, multi_query=False, parallel_attn=False)
+
 
 def rope(kind, **values):
     """`rope_parameters` with an original context of 8 tokens, thrice exceeded by the tests' rows."""
@@ -109,6 +127,41 @@ CASES = {
     "neox-tied": NEOX | dict(tie_word_embeddings=True),
     "neox-gelu_new": NEOX | dict(hidden_act="gelu_new"),
     "neox-gelu_fast": NEOX | dict(hidden_act="gelu_fast", layer_norm_eps=1e-3),
+    "phi3": PHI3,
+    "phi3-window": PHI3 | dict(sliding_window=5, tie_word_embeddings=True),
+    "phi3-longrope": PHI3 | rope("longrope", factor=None, **LONG),
+    "phi3-partial": PHI3 | dict(
+        rope_parameters=dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5, short_factor=[1.0, 1.1],
+                             long_factor=[2.0, 3.0]),
+    ),
+    "stablelm": STABLELM,
+    "stablelm-parallel": STABLELM | dict(use_parallel_residual=True, use_qkv_bias=True),
+    "stablelm-qk_layernorm": STABLELM | dict(qk_layernorm=True, tie_word_embeddings=True),
+    "stablelm-dynamic": STABLELM | dict(rope_scaling=dict(type="dynamic", factor=2.0)),
+    "gpt2": GPT2,
+    "gpt2-untied": GPT2 | dict(tie_word_embeddings=False, n_inner=44),
+    "gpt2-unscaled": GPT2 | dict(scale_attn_weights=False, activation_function="relu"),
+    "gpt2-by-layer": GPT2 | dict(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
+    "gptj": GPTJ,
+    "gptj-all-rotary": GPTJ | dict(rotary_dim=8, n_inner=44),
+    "gptj-tied": GPTJ | dict(tie_word_embeddings=True),
+    "opt": OPT,
+    "opt-350m": OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=20),
+    "opt-no-final-norm": OPT | dict(_remove_final_layer_norm=True, activation_function="gelu"),
+    "opt-no-bias": OPT | dict(enable_bias=False, layer_norm_elementwise_affine=False),
+    "opt-untied": OPT | dict(tie_word_embeddings=False),
+    "bloom": BLOOM,
+    "bloom-6-heads": BLOOM | dict(hidden_size=36, n_head=6, tie_word_embeddings=False),
+    "bloom-post-layernorm": BLOOM | dict(apply_residual_connection_post_layernorm=True, layer_norm_epsilon=1e-3),
+    "falcon": FALCON,
+    "falcon-sequential": FALCON | dict(parallel_attn=False, ffn_hidden_size=44),
+    "falcon-all-heads": FALCON | dict(multi_query=False, bias=True, tie_word_embeddings=False),
+    "falcon-linear": FALCON | rope("linear"),
+    "falcon-new": FALCON_NEW,
+    "falcon-new-one-norm": FALCON_NEW | dict(num_ln_in_parallel_attn=1, activation="gelu_pytorch_tanh"),
+    "falcon-new-all-heads": FALCON_NEW | dict(num_kv_heads=4, bias=True),
+    "falcon-alibi": FALCON_RW,
+    "falcon-alibi-6-heads": FALCON_RW | dict(hidden_size=36, num_attention_heads=6, parallel_attn=True),
 }  # fmt: skip
 
 
@@ -146,7 +199,9 @@ def torch_model(values):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**values)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # Falcon's eager attention adds ALiBi's bias twice, its default once.
+    attention = "sdpa" if values.get("alibi") else "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     if values["model_type"] == "mpt":
         add_what_mpt_lacks(model)
     for name, parameter in model.named_parameters():

@@ -38,20 +38,20 @@ def angles(
 def _frequencies(lengths_BL: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
     """float32 [R/2], or [B, L, 1, R/2] where they depend on the document's length."""
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
-    plain = theta**-exponents
+    # Scaled in float32, step by step as torch does: at far positions the last bit of a frequency shows.
+    plain = (theta**-exponents).astype(np.float32)
     if scaling is None:
-        return jnp.asarray(plain, jnp.float32)
+        return jnp.asarray(plain)
     if scaling.kind == "linear":
-        return jnp.asarray(plain / scaling.factor, jnp.float32)
+        return jnp.asarray(plain / np.float32(scaling.factor))
     if scaling.kind == "yarn":
-        return jnp.asarray(_yarn(plain, rotary_dim, theta, scaling), jnp.float32)
+        return jnp.asarray(_yarn(plain, rotary_dim, theta, scaling))
     if scaling.kind == "llama3":
-        return jnp.asarray(_llama3(plain, scaling), jnp.float32)
+        return jnp.asarray(_llama3(plain, scaling))
     lengths = lengths_BL[:, :, None, None].astype(jnp.float32)
     if scaling.kind == "longrope":
-        short, long = (plain / np.asarray(factors) for factors in (scaling.short_factors, scaling.long_factors))
-        beyond = lengths > scaling.original_length
-        return jnp.where(beyond, jnp.asarray(long, jnp.float32), jnp.asarray(short, jnp.float32))
+        short, long = (plain / np.float32(factors) for factors in (scaling.short_factors, scaling.long_factors))
+        return jnp.where(lengths > scaling.original_length, jnp.asarray(long), jnp.asarray(short))
     stretch = scaling.factor * jnp.maximum(lengths, scaling.original_length) / scaling.original_length
     theta_BL11 = theta * (stretch - (scaling.factor - 1)) ** (rotary_dim / (rotary_dim - 2))
     return theta_BL11 ** jnp.asarray(-exponents, jnp.float32)
@@ -67,12 +67,12 @@ def _yarn(plain: np.ndarray, rotary_dim: int, theta: float, scaling: RopeScaling
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
     width = (high - low) or 0.001
-    ramp = np.clip((np.arange(rotary_dim // 2) - low) / width, 0, 1)
-    return plain / scaling.factor * ramp + plain * (1 - ramp)
+    ramp = np.clip((np.arange(rotary_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
+    return plain / np.float32(scaling.factor) * ramp + plain * (1 - ramp)
 
 
 def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    rotations = scaling.original_length * plain / (2 * math.pi)
-    width = scaling.high_freq_factor - scaling.low_freq_factor
-    ramp = np.clip((rotations - scaling.low_freq_factor) / width, 0, 1)
-    return plain / scaling.factor * (1 - ramp) + plain * ramp
+    low, high, factor = (np.float32(x) for x in (scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor))
+    rotations = np.float32(scaling.original_length) / (np.float32(2 * math.pi) / plain)
+    ramp = np.clip((rotations - low) / (high - low), 0, 1)
+    return (1 - ramp) * plain / factor + ramp * plain

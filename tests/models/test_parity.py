@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from model_zoo import CASES, LENGTH, V, torch_logits, torch_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fusejax import export, models
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -81,7 +82,7 @@ def test_load_then_export_gives_the_same_tensors(case, tmp_path):
     }
     if values["model_type"] != "mpt":
         back, report = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "float32", attn_implementation="eager", output_loading_info=True
+            tmp_path / "float32", attn_implementation=reference.config._attn_implementation, output_loading_info=True
         )
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]
@@ -94,3 +95,46 @@ def test_configuration_round_trip(case):
     _, folder, model = case
     values = models.hf_config(model.config, json.loads((folder / "config.json").read_text())["model_type"])
     assert models.decoder_config(values) == model.config
+
+
+def renamed(folder, target, rename):
+    """The folder with each tensor under the name rename(name), or split or joined where that gives several."""
+    target.mkdir()
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    save_file(rename(all_tensors(folder)), target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("bloom", "transformer."), ("opt", "model.")])
+def test_first_releases_have_shorter_names(name, prefix, tmp_path):
+    torch_model(CASES[name]).save_pretrained(tmp_path / "new")
+    old = renamed(
+        tmp_path / "new", tmp_path / "old", lambda all: {name.removeprefix(prefix): x for name, x in all.items()}
+    )
+    assert not any(name.startswith(prefix) for name in all_tensors(old))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(models.load(old)), nnx.state(models.load(tmp_path / "new")))
+
+
+def test_stacked_experts(tmp_path):
+    """As transformers 5 holds them in memory: one tensor of all experts' gates and ups, one of their downs."""
+    reference = torch_model(CASES["mixtral"])
+    reference.save_pretrained(tmp_path / "apart")
+    memory = {name: parameter.detach().numpy() for name, parameter in reference.named_parameters()}
+    assert memory["model.layers.0.mlp.experts.gate_up_proj"].shape == (5, 88, 32)
+    stacked = renamed(tmp_path / "apart", tmp_path / "stacked", lambda _: memory)
+    apart = models.load(tmp_path / "apart")
+    assert any("experts.4.w1" in name for name in all_tensors(tmp_path / "apart"))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(models.load(stacked)), nnx.state(apart))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-llama3", "llama-yarn", "gemma3", "gptj", "neox"])
+def test_far_positions(name, tmp_path):
+    """Positions beyond any context; rotary angles of thousands of radians keep their accuracy."""
+    values = CASES[name] | ({"n_positions": 5000} if name == "gptj" else {})
+    reference = torch_model(values)
+    reference.save_pretrained(tmp_path)
+    ids = np.random.default_rng(2).integers(0, V, (1, LENGTH))
+    positions = np.arange(4000, 4000 + LENGTH, dtype=np.int32)[None]
+    with torch.no_grad():
+        wanted = reference(torch.tensor(ids), position_ids=torch.tensor(positions.astype(np.int64))).logits.numpy()
+    check(jax.jit(lambda model, *args: model(*args))(models.load(tmp_path), ids, None, positions), wanted)

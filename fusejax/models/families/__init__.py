@@ -8,16 +8,26 @@ from typing import Any
 
 from fusejax.errors import UserError
 from fusejax.models.config import DecoderConfig
+from fusejax.models.families.bloom import BLOOM
+from fusejax.models.families.falcon import FALCON
 from fusejax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from fusejax.models.families.gpt2 import GPT2
+from fusejax.models.families.gptj import GPTJ
 from fusejax.models.families.llama import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from fusejax.models.families.mpt import MPT
 from fusejax.models.families.neox import NEOX
+from fusejax.models.families.opt import OPT
+from fusejax.models.families.phi3 import PHI3
+from fusejax.models.families.stablelm import STABLELM
 from fusejax.models.families.table import Family, Tensor
 from fusejax.models.keys import Keys
 
 __all__ = ["FAMILIES", "Family", "Tensor", "decoder_config", "find", "hf_config"]
 
-FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, MPT, NEOX)
+FAMILIES = (
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, STABLELM),
+    *(GPT2, OPT, GPTJ, NEOX, MPT, BLOOM, FALCON),
+)
 
 
 def find(hf_config: dict[str, Any], where: str) -> Family:
