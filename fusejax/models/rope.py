@@ -50,7 +50,7 @@ def _frequencies(lengths_BL: jax.Array, rotary_dim: int, theta: float, scaling: 
         return jnp.asarray(_llama3(plain, scaling))
     lengths = lengths_BL[:, :, None, None].astype(jnp.float32)
     if scaling.kind == "longrope":
-        short, long = (plain / np.float32(factors) for factors in (scaling.short_factors, scaling.long_factors))
+        short, long = (plain / np.asarray(x, np.float32) for x in (scaling.short_factors, scaling.long_factors))
         return jnp.where(lengths > scaling.original_length, jnp.asarray(long), jnp.asarray(short))
     stretch = scaling.factor * jnp.maximum(lengths, scaling.original_length) / scaling.original_length
     theta_BL11 = theta * (stretch - (scaling.factor - 1)) ** (rotary_dim / (rotary_dim - 2))
