@@ -75,14 +75,56 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """`evaluate` takes a job's configuration, or models and --corpus."""
+    parser.add_argument("config", metavar="CONFIG.yaml|MODEL", help="a job's configuration; or, with --corpus, a model")
+    parser.add_argument(
+        "overrides", metavar="key=value|MODEL", nargs="*", help="override a key; or, with --corpus, more models"
+    )
+    text = parser.add_argument_group("models without a job", "bits per byte of Hugging Face folders or hub names")
+    text.add_argument("--corpus", metavar="PATH", help="text of any length: a file, a folder, tfds:, huggingface:")
+    text.add_argument("--split", default="train", help="of a data set (default train)")
+    text.add_argument("--text-key", default="text", help="the column that holds the text (default text)")
+    text.add_argument("--domain-key", help="the column that names each document's domain")
+    text.add_argument("--limit", type=int, help="at most so many documents of each domain")
+    text.add_argument("--max-length", type=int, help="tokens of a window (default: the model's context)")
+    text.add_argument("--stride", type=int, help="tokens by which windows advance (default: half a window)")
+    text.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one forward pass (default 8192)")
+    text.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="(default float32)")
+    text.add_argument("--json", metavar="FILE", help="write all numbers there")
+
+
+def _evaluate_models(options: argparse.Namespace) -> None:
+    from fusejax.evaluation import standalone
+
+    given = {"path": options.corpus, "split": options.split, "text_key": options.text_key}
+    given |= {"domain_key": options.domain_key, "limit": options.limit}
+    for name in ("max_length", "stride", "batch_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {value} should be at least 1")
+    standalone.run(
+        [options.config, *options.overrides],
+        config.check(given, config.CorpusConfig, "--corpus"),
+        json_path=options.json,
+        max_length=options.max_length,
+        stride=options.stride,
+        batch_tokens=options.batch_tokens,
+        compute=options.compute,
+    )
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = Parser(prog="fusejax", description="Knowledge fusion of causal language models, in JAX.")
     parser.add_argument("--version", action="version", version=f"fusejax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_text in STAGES.items():
-        add_config(commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
+        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        (add_evaluation if name == "evaluate" else add_config)(command)
     help_text = "validate a configuration and print stages, token counts and disk needed"
     add_config(commands.add_parser("plan", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
+    help_text = "merge the weights of models of one architecture into one (linear, SLERP, TIES, DARE, SCE, ...)"
+    add_config(commands.add_parser("merge", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
     help_text = "what a store (documents, tokens, source cache, row maps) holds"
     inspect = commands.add_parser("inspect", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     inspect.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME")
@@ -137,6 +179,14 @@ def _command(arguments: Sequence[str] | None) -> None:
         from fusejax.models import generate
 
         generate.show(options)
+        return
+    if options.command == "evaluate" and options.corpus is not None:
+        _evaluate_models(options)
+        return
+    if options.command == "merge":
+        from fusejax import merging
+
+        merging.merge(merging.load(options.config, options.overrides))
         return
     job = config.load(options.config, options.overrides)
     if options.command == "plan":

@@ -7,7 +7,7 @@ Each key is declared once, below, with its default, its range and its meaning. T
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,6 +19,9 @@ class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelConfig(Section):
@@ -245,6 +248,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     `output` defaults to runs/NAME for NAME.yaml. Raises UserError with one line that names the file and the key.
     """
+    values = read(path, overrides)
+    values.setdefault("output", f"runs/{Path(path).stem}")
+    return validate(values, where=str(path))
+
+
+def read(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The values of a YAML file with `key=value` overrides, not validated; UserError, naming the file."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
@@ -260,15 +270,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: should hold `key: value` lines, as in configs/quickstart.yaml")
     for override in overrides or []:
         _apply(values, override)
-    values.setdefault("output", f"runs/{path.stem}")
-    return validate(values, where=str(path))
+    return values
 
 
 def validate(values: dict[str, Any], where: str = "config") -> Config:
     """`values` as a Config, or a UserError naming the key."""
-    _refuse_unknown(values, Config, "", where)
+    return check(values, Config, where)
+
+
+def check(values: dict[str, Any], section: type[AnySection], where: str) -> AnySection:
+    """`values` as a section of keys, or a UserError naming the key."""
+    _refuse_unknown(values, section, "", where)
     try:
-        return Config.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -332,21 +346,15 @@ def _refuse_unknown(values: Any, section: type[Section], prefix: str, where: str
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else "known here: " + ", ".join(known)
             raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        inner = _SECTIONS.get((section, str(key)))
+        inner = _section_of(section, str(key))
         if inner is not None:
             _refuse_unknown(value, inner, f"{prefix}{key}.", where)
 
 
-def _sections() -> dict[tuple[type[Section], str], type[Section]]:
-    """(section, key) → the section that the key holds, alone, optional or in a tuple."""
-    found = {}
-    for section in Section.__subclasses__():
-        for key, field in section.model_fields.items():
-            nested = getattr(field.annotation, "__args__", (field.annotation,))
-            for kind in nested:
-                if isinstance(kind, type) and issubclass(kind, Section):
-                    found[section, key] = kind
-    return found
-
-
-_SECTIONS = _sections()
+def _section_of(section: type[Section], key: str) -> type[Section] | None:
+    """The section that a key holds, alone, optional or in a tuple."""
+    annotation = section.model_fields[key].annotation
+    for kind in getattr(annotation, "__args__", (annotation,)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None

@@ -22,9 +22,10 @@ from fusejax.progress import warn
 MAX_SHARD_BYTES = 5 * 10**9
 
 # The dtype's older key, code of the hub's that the class in transformers replaces, and where the model came from.
-_DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
+DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
 
-_REPLACED = ("config.json", "generation_config.json", *files.TOKENIZER_FILES)
+MARKER = "fusejax.json"  # in an exported or merged folder: what it was made from
+_REPLACED = ("config.json", "generation_config.json", MARKER, *files.TOKENIZER_FILES)
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)")
 
 
@@ -59,13 +60,13 @@ def save(
     try:
         temporary.mkdir()
         _write_weights(model, family, temporary, dtype, max_shard_bytes)
-        config = {key: value for key, value in hf_config.items() if key not in _DROPPED}
+        config = {key: value for key, value in hf_config.items() if key not in DROPPED}
         config |= {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for name in (*files.TOKENIZER_FILES, "generation_config.json"):
             if tokenizer is not None and (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, temporary / name)
-        _replace(folder, temporary)
+        replace(folder, temporary)
     except OSError as error:
         raise store.writing_failed(folder, error) from None
     finally:
@@ -110,7 +111,7 @@ def _umask() -> int:
     return mask
 
 
-def _replace(folder: Path, temporary: Path) -> None:
+def replace(folder: Path, temporary: Path) -> None:
     """Rename `temporary` to `folder`; the model that was there is deleted after that, anything else stays."""
     if not folder.exists():
         os.rename(temporary, folder)

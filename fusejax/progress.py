@@ -28,26 +28,32 @@ class Bar:
         self._title, self._total, self._bar = title, total, bar
         self._done, self._note = 0, ""
         self._start = self._last_line = time.monotonic()
-        self._task = bar.add_task(title, total=total, note="") if bar else None
+        self._task = bar.add_task(title, total=total or None, note="") if bar else None
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self._done, self._note = self._done + n, note or self._note
         if self._bar is not None:
             self._bar.update(self._task, advance=n, note=self._note)  # type: ignore[arg-type]
-        elif time.monotonic() - self._last_line >= _PLAIN_INTERVAL_S and self._done < self._total:
+        elif time.monotonic() - self._last_line >= _PLAIN_INTERVAL_S and not self._finished:
             self._last_line = time.monotonic()
             self._line()
+
+    @property
+    def _finished(self) -> bool:
+        return bool(self._total) and self._done >= self._total
 
     def _line(self) -> None:
         elapsed = time.monotonic() - self._start
         left = elapsed / self._done * (self._total - self._done) if self._done else 0.0
-        when = f"{elapsed:.0f} s, {left:.0f} s left" if self._done < self._total else f"{elapsed:.1f} s"
-        print(f"{self._title}: {self._done}/{self._total} [{when}] {self._note}".rstrip(), flush=True)
+        known = self._total and not self._finished
+        when = f"{elapsed:.0f} s, {left:.0f} s left" if known else f"{elapsed:.1f} s"
+        of = f"/{self._total}" if self._total else ""
+        print(f"{self._title}: {self._done}{of} [{when}] {self._note}".rstrip(), flush=True)
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Bar]:
-    """A bar titled `title` over `total` units of work; a line every few seconds where there is no terminal."""
+    """A bar titled `title` over `total` units of work (0: unknown); a line every few seconds without a terminal."""
     if not console.is_terminal:
         bar = Bar(title, total, None)
         yield bar

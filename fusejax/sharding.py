@@ -64,6 +64,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The largest dimension that `fsdp` divides split over it; for tensors of which nothing else is known."""
+    spec: list[str | None] = [None] * len(shape)
+    divided = [i for i, size in enumerate(shape) if size and size % mesh.shape["fsdp"] == 0]
+    if divided:
+        spec[max(divided, key=lambda i: shape[i])] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first dimension split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

@@ -9,6 +9,11 @@ The first token is left out on both sides, because nothing stands before it that
 model that was trained with a BOS gets one in front, and predicts the first token too: then i runs from 1, and bytes =
 b_n. EOS is no text and is not counted. Bits and bytes are summed over the documents of a domain; `average` is the mean
 over domains.
+
+A document that is longer than the model reads at once runs in windows: window w reads tokens w·stride onwards, and
+counts what the windows before it have not. So every token is counted once, and is predicted from at least
+max_length − stride tokens before it where there are as many. The BOS stands in front of the document, not of each
+window.
 """
 
 import json
@@ -51,6 +56,13 @@ class DomainSums:
         """exp of the mean cross-entropy per token; not comparable between tokenizers."""
         return float(np.exp(self.nats / self.tokens))
 
+    def add(self, other: "DomainSums") -> None:
+        """Count what another has counted as well."""
+        self.nats += other.nats
+        self.bytes += other.bytes
+        self.tokens += other.tokens
+        self.documents += other.documents
+
 
 def measure(
     model: Any,
@@ -59,6 +71,7 @@ def measure(
     tokens: Iterable[dict[str, Any]],
     *,
     max_length: int,
+    stride: int | None = None,
     batch_tokens: int = 8192,
     mesh: Mesh | None = None,
     name: str = "model",
@@ -66,7 +79,8 @@ def measure(
     """The sums of every domain, in the order of their first documents.
 
     model: a Decoder. documents: records with "id" and "domain"; tokens: records with "ids" int32 [n] and "boundaries"
-    int32 [n] made by `tokenizer`, in the same order (two stores, or lists); each fits `max_length` with BOS and EOS.
+    int32 [n] made by `tokenizer`, in the same order (two stores, lists, or iterators). max_length: tokens of a window,
+    stride: by how many windows of longer documents advance, 1 .. max_length (default: max_length / 2).
     name: how messages call the model. Raises UserError where the tokenizer does not fit the model, where a value is not
     a number, and where a domain has nothing that can be predicted.
     """
@@ -78,6 +92,9 @@ def measure(
         batch_tokens=batch_tokens,
         mesh=sharding.make_mesh() if mesh is None else mesh,
     )
+    stride = max(max_length // 2, 1) if stride is None else stride
+    if not 0 < stride <= max_length:
+        raise UserError(f"stride: {stride} should be between 1 and the {max_length} tokens of a window")
     sums: dict[str, DomainSums] = {}
     window: list[tuple[dict[str, Any], dict[str, Any]]] = []
     total = len(documents) if isinstance(documents, Sized) else 0
@@ -86,7 +103,7 @@ def measure(
 
         def flush() -> None:
             nonlocal n_tokens
-            for record, text, ce in _cross_entropies(scorer, tokenizer, window, name):
+            for record, text, ce in _cross_entropies(scorer, tokenizer, window, max_length, stride):
                 _add(sums, tokenizer, record, text, ce, name)
                 n_tokens += len(ce)
                 bar.advance(1, f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
@@ -121,20 +138,46 @@ def with_average(values: dict[str, float]) -> dict[str, float]:
     return {**values, "average": float(np.mean(list(values.values())))}
 
 
+def windows(n_inputs: int, max_length: int, stride: int) -> list[tuple[int, int, int]]:
+    """(first input, first label that counts, end) of each window over inputs 0 .. n_inputs − 1; input i has label i."""
+    found = [(0, 0, min(max_length, n_inputs))]
+    while found[-1][2] < n_inputs:
+        counted = found[-1][2]
+        start = len(found) * stride
+        found.append((start, counted, min(start + max_length, n_inputs)))
+    return found
+
+
 def _cross_entropies(
-    scorer: Scorer, tokenizer: Tokenizer, window: list[tuple[dict[str, Any], dict[str, Any]]], name: str
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    window: list[tuple[dict[str, Any], dict[str, Any]]],
+    max_length: int,
+    stride: int,
 ) -> Iterable[tuple[dict[str, Any], dict[str, Any], np.ndarray]]:
     """(document, tokens, CE of every predicted token in nats) of each document, in the order of the window.
 
     Sums are rounded, so they are taken in an order that does not depend on how documents shared batches.
     """
-    lines = [inputs_and_labels(text["ids"], tokenizer) for _, text in window]
-    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(window)
-    for places, scores in scorer([line[0] for line in lines], [line[1] for line in lines]):
-        for place, document in zip(places, scores, strict=True):
-            found[place] = document.ce[:-1]  # the last label is EOS
-    for (record, text), ce in zip(window, found, strict=True):
-        yield record, text, ce
+    inputs: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    owners: list[tuple[int, int]] = []  # document, first label that counts
+    for document, (_, text) in enumerate(window):
+        line = inputs_and_labels(text["ids"], tokenizer)
+        line = line[0][:-1], line[1][:-1]  # the last label is EOS
+        for start, counted, end in windows(len(line[0]), max_length, stride):
+            inputs.append(line[0][start:end])
+            labels.append(line[1][start:end])
+            owners.append((document, counted - start))
+    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(inputs)
+    for places, scores in scorer(inputs, labels):
+        for place, part in zip(places, scores, strict=True):
+            found[place] = part.ce[owners[place][1] :]
+    parts: list[list[np.ndarray]] = [[] for _ in window]
+    for (document, _), ce in zip(owners, found, strict=True):
+        parts[document].append(ce)
+    for (record, text), ces in zip(window, parts, strict=True):
+        yield record, text, np.concatenate(ces)
 
 
 def _add(

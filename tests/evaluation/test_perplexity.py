@@ -2,10 +2,13 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fusejax import evaluation, models
 from fusejax.errors import UserError
 from fusejax.evaluation import bits_per_byte, measure
+from fusejax.evaluation.perplexity import windows
 from fusejax.store import Store
 from fusejax.tokenizers import Tokenizer
 
@@ -110,3 +113,52 @@ def test_without_a_corpus_there_is_nothing_to_do(make_job, capsys):
     evaluation.run(job)
     assert "nothing to evaluate" in capsys.readouterr().out
     assert not (job.folder / "evaluation").exists()
+
+
+@given(st.integers(0, 60), st.integers(1, 12), st.data())
+def test_windows_count_every_label_once(n_inputs, max_length, data):
+    stride = data.draw(st.integers(1, max_length))
+    counted = []
+    for start, first, end in windows(n_inputs, max_length, stride):
+        assert 0 <= start <= first <= end <= n_inputs
+        assert end - start <= max_length
+        # Where there are so many tokens before it, a label sees max_length − stride of them and the one it follows.
+        assert first - start >= min(first, max_length - stride)
+        counted += range(first, end)
+    assert counted == list(range(n_inputs))
+
+
+@pytest.mark.parametrize(("name", "max_length", "stride"), [("coarse", 16, 16), ("fine", 16, 5)])
+def test_windows_equal_a_torch_computation(make_job, tiny_models, name, max_length, stride):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_models[name]
+    documents, tokens = stores(make_job(), folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    bos = [0] if name == "fine" else []
+    nats = {}
+    for record, text in zip(documents, tokens, strict=True):
+        line, total = [*bos, *text["ids"].tolist()], 0.0
+        # Each label from the window in which it is first there, one at a time.
+        for label in range(1, len(line)):
+            start = 0
+            while label - start > max_length:
+                start += stride
+            with torch.no_grad():
+                logits = reference(torch.tensor([line[start:label]])).logits[0, -1]
+            total -= logits.log_softmax(-1)[line[label]].item()
+        nats[record["domain"]] = nats.get(record["domain"], 0) + total
+    sums = measure(
+        models.load(folder), Tokenizer.load(folder), documents, tokens, max_length=max_length, stride=stride,
+        batch_tokens=64,
+    )  # fmt: skip
+    for domain, value in nats.items():
+        assert sums[domain].nats / sums[domain].bytes == pytest.approx(value / sums[domain].bytes, abs=1e-4)
+
+
+def test_a_stride_beyond_the_window_is_refused(make_job, tiny_models):
+    folder = tiny_models["coarse"]
+    with pytest.raises(UserError, match="stride: 17 should be between 1 and the 16"):
+        measure(
+            models.load(folder), Tokenizer.load(folder), *stores(make_job(), folder), max_length=16, stride=17
+        )  # fmt: skip

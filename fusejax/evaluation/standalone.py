@@ -1,0 +1,119 @@
+"""`fusejax evaluate MODEL ... --corpus PATH`: bits per byte of any models on any text, without a job."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from fusejax import models, sharding, store, tokenizers
+from fusejax.config import CorpusConfig, MeshConfig, ModelConfig
+from fusejax.corpus import Document, read_documents
+from fusejax.errors import UserError
+from fusejax.evaluation.perplexity import DomainSums, measure, with_average
+from fusejax.progress import console, say
+from fusejax.tokenizers import Tokenizer
+
+_TOGETHER = 256  # documents that are tokenized together
+
+
+def measure_corpus(
+    model: ModelConfig,
+    corpus: CorpusConfig,
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int = 8192,
+    compute: str = "float32",
+    mesh: MeshConfig | None = None,
+) -> dict[str, DomainSums]:
+    """The sums of every domain of a corpus under a model, whole documents of any length.
+
+    max_length: default the context that the model was made for. mesh: default all devices, parameters and batch split
+    over them. Raises UserError for faults of model, tokenizer and corpus.
+    """
+    tokenizer = tokenizers.for_model(model)
+    on_mesh = sharding.make_mesh(mesh or MeshConfig(fsdp=len(jax.devices())))
+    dtype = jnp.dtype(compute)
+    decoder = models.load(model.model, mesh=on_mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision)
+    documents, tokens = tee(_tokenized(corpus, tokenizer))
+    return measure(
+        decoder,
+        tokenizer,
+        ({"id": document.id, "domain": document.domain} for document, _ in documents),
+        (text for _, text in tokens),
+        max_length=max_length or decoder.config.max_length,
+        stride=stride,
+        batch_tokens=batch_tokens,
+        mesh=on_mesh,
+        name=model.label,
+    )
+
+
+def average(sums: dict[str, DomainSums]) -> float:
+    """The mean over domains of bits per byte."""
+    return with_average({domain: s.bits_per_byte for domain, s in sums.items()})["average"]
+
+
+def _tokenized(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[Document, dict[str, Any]]]:
+    waiting: list[Document] = []
+
+    def flush() -> Iterator[tuple[Document, dict[str, Any]]]:
+        encoded = tokenizer.encode_batch([document.text for document in waiting])
+        for document, (ids, boundaries) in zip(waiting, encoded, strict=True):
+            yield document, {"ids": ids, "boundaries": boundaries}
+        waiting.clear()
+
+    for document in read_documents(corpus):
+        waiting.append(document)
+        if len(waiting) == _TOGETHER:
+            yield from flush()
+    yield from flush()
+
+
+def run(names: Sequence[str], corpus: CorpusConfig, json_path: str | None = None, **options: Any) -> None:
+    """Measure every model, show the table, and write all numbers to `json_path`."""
+    given = [ModelConfig(model=name) for name in names]
+    labels = [model.label for model in given]
+    if len(set(labels)) < len(labels):
+        labels = [model.model for model in given]
+    if len(set(labels)) < len(labels):
+        raise UserError("evaluate: a model is named twice")
+    results = {}
+    for label, model in zip(labels, given, strict=True):
+        results[label] = measure_corpus(model, corpus, **options)
+    show(results)
+    if json_path is not None:
+        values = {
+            label: {
+                "bits_per_byte": with_average({domain: s.bits_per_byte for domain, s in sums.items()}),
+                "perplexity": with_average({domain: s.perplexity for domain, s in sums.items()}),
+                "counts": {domain: vars(s) for domain, s in sums.items()},
+            }
+            for label, sums in results.items()
+        }
+        store.write_atomically(Path(json_path), json.dumps(values, indent=2) + "\n")
+        say(f"evaluate: {json_path}")
+
+
+def show(results: dict[str, dict[str, DomainSums]]) -> None:
+    """The table: bits per byte of each domain, and what was counted."""
+    domains = list(next(iter(results.values())))
+    averaged = len(domains) > 1
+    table = Table("model", *domains, *(["average"] if averaged else []), "perplexity", "tokens", "bytes", "documents",
+                  title="bits per byte, lower is better")  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, sums in results.items():
+        values = with_average({domain: s.bits_per_byte for domain, s in sums.items()})
+        whole = DomainSums()
+        for s in sums.values():
+            whole.add(s)
+        cells = [f"{values[key]:.4f}" for key in (*domains, *(["average"] if averaged else []))]
+        cells += [f"{whole.perplexity:.2f}", f"{whole.tokens:,}", f"{whole.bytes:,}", f"{whole.documents:,}"]
+        table.add_row(label, *cells)
+    console.print(table)

@@ -1,0 +1,195 @@
+"""Checkpoints that fit each other: the same tensors by name and shape, the same configuration, the same vocabulary.
+
+Tensors are mapped, not read, and written one after another: neither side holds more than one tensor of a model.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusejax import export, models, store, tokenizers
+from fusejax.config import ModelConfig
+from fusejax.errors import UserError
+from fusejax.models import convert, families, files
+from fusejax.progress import warn
+from fusejax.tokenizers import Tokenizer
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+# What a configuration says without changing what the weights compute.
+_FREE = ("max_length", "initializer_std")
+_DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in files.DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder and its tensors by the names that its family gives them; tied copies are left out."""
+
+    name: str  # how messages call it
+    folder: Path
+    family: families.Family
+    config: models.DecoderConfig
+    hf_config: dict[str, Any]
+    tensors: dict[str, files.StoredTensor]
+
+
+def open_checkpoint(model: ModelConfig) -> Checkpoint:
+    """The tensors of a model, none read yet; UserError for what is missing, unknown, misshapen or not supported."""
+    folder = files.local_folder(model.model, model.revision)
+    hf_config, config = models.read_config(folder)
+    family = families.find(hf_config, str(folder / "config.json"))
+    convert.match(folder, family, config)
+    stored = files.tensors(folder)
+    tensors = {}
+    for name, tensor, _ in convert.expected(family, config):
+        tensors[name] = next(stored[known] for known in (name, *tensor.aliases) if known in stored)
+    return Checkpoint(model.model, folder, family, config, hf_config, tensors)
+
+
+def require_mergeable(first: Checkpoint, other: Checkpoint) -> None:
+    """UserError, naming the tensor or key, unless elements of the two stand for the same in both models."""
+    for name, tensor in first.tensors.items():
+        if name not in other.tensors:
+            raise UserError(
+                f"{other.folder}: has no tensor {name}, which {first.folder} has; only models of one architecture "
+                f"can be merged ({_kind(other)}, {_kind(first)})"
+            )
+        if other.tensors[name].shape != tensor.shape:
+            raise UserError(
+                f"{other.folder}: tensor {name} has shape {list(other.tensors[name].shape)}, in {first.folder} "
+                f"it has {list(tensor.shape)}; only models of one size and vocabulary can be merged"
+            )
+    for name in other.tensors:
+        if name not in first.tensors:
+            raise UserError(
+                f"{first.folder}: has no tensor {name}, which {other.folder} has; only models of one architecture "
+                f"can be merged ({_kind(first)}, {_kind(other)})"
+            )
+    for field in fields(first.config):
+        ours, theirs = (getattr(checkpoint.config, field.name) for checkpoint in (first, other))
+        if field.name not in _FREE and ours != theirs:
+            raise UserError(
+                f"{other.folder / 'config.json'}: {field.name} is {theirs!r}, in {first.folder} it is {ours!r}; "
+                "the same weights would not compute the same"
+            )
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    tied = ", tied" if checkpoint.config.tied else ""
+    return f"{checkpoint.family.architecture} of {checkpoint.config.n_layers} layers{tied}"
+
+
+def require_one_vocabulary(checkpoints: list[Checkpoint], given: list[ModelConfig]) -> None:
+    """UserError, naming the embedding's row, where the same id is another text in two models.
+
+    A folder without a tokenizer is taken to have the others'; what differs in how text is cut is a warning.
+    """
+    known: list[tuple[Checkpoint, Tokenizer]] = []
+    for checkpoint, model in zip(checkpoints, given, strict=True):
+        if tokenizers.has_files(checkpoint.folder):
+            known.append((checkpoint, tokenizers.for_model(model)))
+    for checkpoint, tokenizer in known[1:]:
+        first, ours = known[0]
+        embedding = next(t.name for t in first.family.tensors(first.config) if t.embedding)
+        size = max(ours.vocab_size, tokenizer.vocab_size)
+        for row, (a, b) in enumerate(zip(_padded(ours, size), _padded(tokenizer, size), strict=True)):
+            if a != b:
+                raise UserError(
+                    f"{checkpoint.folder}: row {row} of {embedding} stands for {_text(b)}, in {first.folder} for "
+                    f"{_text(a)}; only models of one vocabulary can be merged"
+                )
+        if tokenizer.text_fingerprint != ours.text_fingerprint:
+            warn(f"{checkpoint.folder}: its tokenizer has the tokens of {first.folder}'s but does not work quite alike")
+
+
+def _padded(tokenizer: Tokenizer, size: int) -> list[bytes | None]:
+    return tokenizer.canonical_bytes + [None] * (size - tokenizer.vocab_size)
+
+
+def _text(piece: bytes | None) -> str:
+    return "no text" if piece is None else repr(piece.decode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` at the end of the block, or is removed after an error."""
+    temporary = store.make_folder(folder.parent) / f".{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        temporary.mkdir()
+        yield temporary
+        export.replace(folder, temporary)
+    except OSError as error:
+        raise store.writing_failed(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(
+    folder: Path,
+    like: Checkpoint,
+    tokenizer_from: Path,
+    dtypes: dict[str, Any],
+    tensor: Callable[[str], np.ndarray],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """A Hugging Face folder with the tensors of `like`: `tensor(name)` gives each, of dtype `dtypes[name]`.
+
+    Tensors are asked for in the order of `like` and written at once. config.json is that of `like`.
+    """
+    sizes = {name: math.prod(t.shape) * np.dtype(dtypes[name]).itemsize for name, t in like.tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        _write_file(folder / file, {name: (like.tensors[name].shape, dtypes[name]) for name in shard}, tensor)
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    kinds = {str(np.dtype(dtype)) for dtype in dtypes.values()}
+    hf_config = {key: value for key, value in like.hf_config.items() if key not in export.DROPPED}
+    hf_config |= {"architectures": [like.family.architecture], "model_type": like.family.model_type}
+    if len(kinds) == 1:
+        hf_config["dtype"] = kinds.pop()
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", "utf-8")
+    for name in (*files.TOKENIZER_FILES, "generation_config.json"):
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+
+
+def _write_file(
+    path: Path, tensors: dict[str, tuple[tuple[int, ...], Any]], tensor: Callable[[str], np.ndarray]
+) -> None:
+    """A safetensors file, tensor by tensor; the library's own writer wants all of them in memory.
+
+    The format (https://github.com/huggingface/safetensors): a little-endian u64 of the header's length, the header in
+    JSON, padded with spaces so that the data begins at a multiple of 8, the tensors' bytes at the offsets it names.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, dtype) in tensors.items():
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        kind = _DTYPE_NAMES[np.dtype(dtype)]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (shape, dtype) in tensors.items():
+            array = np.ascontiguousarray(tensor(name))
+            if array.shape != shape or array.dtype != np.dtype(dtype):
+                raise ValueError(f"{name}: {array.shape} {array.dtype} instead of {shape} {dtype}")
+            file.write(array.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,115 @@
+"""The configuration of a merge: one YAML file, every key declared here with its default and range."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fusejax import config
+from fusejax.config import CorpusConfig, ModelConfig, Section
+
+Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "sce", "greedy_soup"]
+
+WITH_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "sce")
+# The keys that only some methods use.
+_ONLY = {
+    "t": ("slerp",),
+    "normalize": ("linear", *WITH_BASE),
+    "scale": WITH_BASE,
+    "rescale": ("dare_linear", "dare_ties"),
+    "top": ("sce",),
+    "select": ("sce",),
+    "base": WITH_BASE,
+    "corpus": ("greedy_soup",),
+}
+_NORMALIZED = ("linear", "ties", "sce", "greedy_soup")
+
+
+class MergedModel(ModelConfig):
+    """One of the models that are merged."""
+
+    weight: float | None = None  # default: 1
+    density: float = Field(1.0, gt=0, le=1)  # part of the task vector that stays: ties, dare
+
+
+class MergeConfig(Section):
+    """A merge; see docs/merging.md."""
+
+    method: Method
+    models: tuple[MergedModel, ...] = Field(min_length=1)
+    base: ModelConfig | None = None  # what the task vectors are measured from
+    tokenizer: ModelConfig | None = None  # whose tokenizer goes along; default: the base's, else the first model's
+    t: float = Field(0.5, ge=0, le=1)  # slerp: 0 is the first model, 1 the second
+    normalize: bool | None = None  # divide by the sum of weights; default: linear, ties, sce
+    scale: float = 1.0  # of the merged task vector (λ)
+    rescale: bool = True  # dare: divide what stays by its density
+    top: float = Field(1.0, gt=0, le=1)  # sce: part of the positions that is selected, by variance
+    select: Literal["mask", "weigh"] = "mask"  # sce: what the selection is used for
+    corpus: CorpusConfig | None = None  # greedy_soup: the held-out text
+    max_length: int = Field(2048, ge=8)  # greedy_soup: tokens of a window
+    batch_tokens: int = Field(8192, ge=1)  # greedy_soup: tokens of one forward pass
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: each tensor as the base stores it
+    seed: int = Field(0, ge=0)  # dare
+    output: str = ""
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, models: tuple[MergedModel, ...]) -> tuple[MergedModel, ...]:
+        seen = [(model.model, model.revision) for model in models]
+        for model in models:
+            if seen.count((model.model, model.revision)) > 1:
+                raise ValueError(f"{model.model} is there twice: give it once, with the weight of both")
+        return models
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "MergeConfig":
+        method, n = self.method, len(self.models)
+        for key, methods in _ONLY.items():
+            if key in self.model_fields_set and getattr(self, key) is not None and method not in methods:
+                raise ValueError(f"{key}: not used by method {method!r}; it belongs to {', '.join(methods)}")
+        if method in WITH_BASE and self.base is None:
+            raise ValueError(f"base: method {method!r} needs the model that the others were trained from")
+        if method == "slerp" and n != 2:
+            raise ValueError(f"models: method 'slerp' goes from one model to another, here are {n}")
+        if method == "greedy_soup" and self.corpus is None:
+            raise ValueError("corpus: method 'greedy_soup' needs held-out text to choose by")
+        if method in ("linear", "greedy_soup", "sce") and n < 2:
+            raise ValueError(f"models: method {method!r} needs two or more")
+        for i, model in enumerate(self.models):
+            if self.base is not None and (model.model, model.revision) == (self.base.model, self.base.revision):
+                raise ValueError(f"models.{i}: {model.model} is the base: its task vector is zero")
+            if "weight" in model.model_fields_set and method in ("slerp", "sce", "greedy_soup"):
+                raise ValueError(f"models.{i}.weight: method {method!r} finds its weights itself" + _advice(method))
+            if "density" in model.model_fields_set and method not in ("ties", "dare_linear", "dare_ties"):
+                raise ValueError(f"models.{i}.density: not used by method {method!r}")
+        if self.normalized and method != "sce" and sum(self.weights) == 0:
+            raise ValueError("models: the weights sum to 0; set `normalize: false`, or change them")
+        return self
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each model."""
+        return [1.0 if model.weight is None else model.weight for model in self.models]
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the merged tensor is divided by the sum of the weights."""
+        return self.method in _NORMALIZED if self.normalize is None else self.normalize
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+
+def _advice(method: str) -> str:
+    return "; use `t`" if method == "slerp" else ""
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> MergeConfig:
+    """Read a merge's YAML, apply `key=value` overrides, validate; `output` defaults to merged/NAME for NAME.yaml.
+
+    Raises UserError with one line that names the file and the key.
+    """
+    values = config.read(path, overrides)
+    values.setdefault("output", f"merged/{Path(path).stem}")
+    return config.check(values, MergeConfig, str(path))
