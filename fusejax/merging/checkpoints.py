@@ -45,11 +45,7 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
     folder = files.local_folder(model.model, model.revision)
     hf_config, config = models.read_config(folder)
     family = families.find(hf_config, str(folder / "config.json"))
-    convert.match(folder, family, config)
-    stored = files.tensors(folder)
-    tensors = {}
-    for name, tensor, _ in convert.expected(family, config):
-        tensors[name] = next(stored[known] for known in (name, *tensor.aliases) if known in stored)
+    tensors = convert.by_name(folder, family, config)
     return Checkpoint(model.model, folder, family, config, hf_config, tensors)
 
 

@@ -154,6 +154,16 @@ def match(folder: Path, family: Family, config: DecoderConfig, headers_only: boo
     return views
 
 
+def by_name(folder: Path, family: Family, config: DecoderConfig) -> dict[str, files.StoredTensor]:
+    """The stored tensors by their names in the family's table, copies of tied ones left out; errors of `match`."""
+    match(folder, family, config)
+    stored = files.tensors(folder)
+    return {
+        name: next(stored[known] for known in (name, *tensor.aliases) if known in stored)
+        for name, tensor, _, _ in _layout(family, config, stored, param_shapes(config))
+    }
+
+
 def _check_copy(name: str, copy: files.StoredTensor, of: str, original: files.StoredTensor, headers_only: bool) -> None:
     if copy.shape != original.shape or not (headers_only or np.array_equal(copy.read(), original.read())):
         raise UserError(
