@@ -1,7 +1,7 @@
 """The training loss: L = λ · L_CLM + (1 − λ) · L_Fusion, from hidden states and sparse fused targets.
 
 Both terms come out of one pass over the logits, made and dropped block by block, so that fusing costs what a plain
-cross-entropy costs. `fusejax.kernels.fusion_loss` holds the pass (`xla`) and what it is checked against (`reference`).
+cross-entropy costs. `fusejax.kernels.fusion_loss` holds the pass and what it is checked against (`reference`).
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from fusejax import sharding
 from fusejax.fusion import merge_repeated
-from fusejax.kernels.fusion_loss import xla
+from fusejax.kernels.fusion_loss import passes, terms
 
 Kind = Literal["ce", "kl"]
 Tail = Literal["tail", "renormalize"]
 Gradients = Literal["forward", "recompute"]
-
-# Elements of one block of logits: 64 MB in float32.
-BLOCK_ELEMENTS = 1 << 24
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +40,6 @@ class LossSums:
     count: Array
     target_entropy: Array
     model_entropy: Array
-
-
-def block_tokens(vocab_size: int, batch_shards: int = 1) -> int:
-    """Tokens of one block of logits: 64 MB of float32 on each of the `batch_shards` devices that share the tokens."""
-    return max(8, BLOCK_ELEMENTS // vocab_size) * batch_shards
 
 
 def clm_weight(step: Array | int, steps: int, start: float, schedule: str = "constant") -> Array:
@@ -71,7 +65,7 @@ def fusion_loss(
     tail: Tail = "tail",
     fusion_mask: Array | None = None,
     block: int | None = None,
-    batch_shards: int = 1,
+    mesh: Mesh | None = None,
     logit_scale: float = 1.0,
     logit_cap: float | None = None,
     z_loss: float = 0.0,
@@ -96,8 +90,8 @@ def fusion_loss(
 
     weight_clm is λ, a float or a traced scalar. fusion_mask float[...] weighs the fusion term on its own (default:
     mask where there is a label), labels or not; `count` remains that of the CLM term. block: about how many tokens
-    share one block of logits over all devices (default `block_tokens(V, batch_shards)`); no array of tokens × V beyond
-    it is made. batch_shards: over how many devices the tokens are split; it changes where sums meet, not the result.
+    share one block of logits on a device (default: 64 MB of float32); no array of tokens × V beyond it is made. mesh:
+    the tokens are split over its batch axes and the vocabulary over its tensor axis; the result is the same.
     gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the backward
     pass), `recompute` in the backward pass. Only `total` is differentiable, in hidden and unembedding.
 
@@ -108,14 +102,14 @@ def fusion_loss(
     >>> bool(jnp.allclose(sums.total, sums.clm)), float(sums.count)  # one-hot targets: the fusion loss is the CLM loss
     (True, 2.0)
     """
-    D, V = unembedding.shape
+    D = unembedding.shape[0]
     T, M = labels.size, target_ids.shape[-1]
     on_clm = _clm_weights(labels, mask)
     on_fusion = on_clm if fusion_mask is None else fusion_mask.astype(jnp.float32)
     ids, q, rest, entropy = _events(target_ids, target_probs, tail == "tail")
     t, t_rest = _tempered(q, rest, ids, temperature)
     constant = _entropy(t, t_rest) if kind == "kl" else jnp.zeros_like(rest)
-    rows = xla.Rows(
+    rows = terms.Rows(
         labels=labels.reshape(T),
         ids=ids.reshape(T, M),
         q=t.reshape(T, M),
@@ -124,9 +118,9 @@ def fusion_loss(
         clm_weight=on_clm.reshape(T),
         fusion_weight=on_fusion.reshape(T),
     )
-    options = xla.Options(
-        blocks=max(1, -(-T // (block or block_tokens(V, batch_shards)))),
-        shards=batch_shards,
+    options = terms.Options(
+        block=block,
+        placement=sharding.placement(mesh),
         temperature=temperature,
         tail=tail == "tail",
         nonnegative=kind == "kl",
@@ -137,7 +131,7 @@ def fusion_loss(
         gradients=gradients,
     )
     λ = jnp.asarray(weight_clm, jnp.float32)
-    total, sums = xla.losses(hidden.reshape(T, D), unembedding, jax.lax.stop_gradient(rows), λ, options)
+    total, sums = passes.losses(hidden.reshape(T, D), unembedding, jax.lax.stop_gradient(rows), λ, options)
     sums = jax.lax.stop_gradient(sums)
     return LossSums(
         total=total,
@@ -154,7 +148,7 @@ def clm_loss(hidden: Array, unembedding: Array, labels: Array, mask: Array | Non
     """The causal language-model loss alone, made the same way: `fusion_loss` with λ = 1 and empty targets.
 
     hidden float[..., D], unembedding float[D, V], labels int32[...] (−1: none), mask bool or float[...]; options:
-    block, logit_scale, logit_cap, z_loss, model_entropy, gradients. `fusion` and `target_entropy` are 0.
+    block, mesh, logit_scale, logit_cap, z_loss, model_entropy, gradients. `fusion` and `target_entropy` are 0.
 
     >>> sums = clm_loss(jnp.zeros((3, 4)), jnp.zeros((4, 8)), jnp.array([1, 2, -1]))
     >>> round(float(sums.total / sums.count), 4)  # log 8

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from fusejax import sharding
 from fusejax.errors import UserError
+from fusejax.kernels.placement import Placement
 from fusejax.kernels.topk_unembed import topk_unembed
 from fusejax.tokenizers import Tokenizer
 
@@ -90,13 +91,20 @@ def plan(lengths: np.ndarray, max_length: int, batch_tokens: int, row_multiple: 
     return batches
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _forward(
-    structure: Any, k: int, vocab_size: int | None, state: Any, ids_BL: jax.Array, labels_BL: jax.Array
+    structure: Any,
+    k: int,
+    vocab_size: int | None,
+    placement: Placement | None,
+    state: Any,
+    ids_BL: jax.Array,
+    labels_BL: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(ids, log-probabilities, CE) of a batch. Models of the same structure share the compiled program."""
     decoder = nnx.merge(structure, state)
-    out = topk_unembed(decoder.hidden(ids_BL), decoder.unembedding(), labels_BL, k=k, vocab_size=vocab_size)
+    hidden_BLD = decoder.hidden(ids_BL)
+    out = topk_unembed(hidden_BLD, decoder.unembedding(), labels_BL, k=k, vocab_size=vocab_size, placement=placement)
     return out.ids, out.logprobs, out.ce
 
 
@@ -113,7 +121,7 @@ class Scorer:
         self._max_length, self._batch_tokens, self._mesh = max_length, batch_tokens, mesh
         self._row_multiple = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
         structure, self._state = nnx.split(model)
-        self._forward = functools.partial(_forward, structure, k, vocab_size)
+        self._forward = functools.partial(_forward, structure, k, vocab_size, sharding.placement(mesh))
 
     def __call__(
         self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]

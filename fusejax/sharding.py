@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusejax.config import MeshConfig
 from fusejax.errors import UserError
+from fusejax.kernels.placement import Placement
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -76,6 +77,13 @@ def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first dimension split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def placement(mesh: Mesh | None) -> Placement | None:
+    """How hidden states [tokens, D] and an unembedding [D, V] lie on the mesh; None on one device."""
+    if mesh is None or mesh.size == 1:
+        return None
+    return Placement(mesh, batch=BATCH, vocab=RULES["vocab"], embed=RULES["embed"])
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,7 +1,4 @@
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -245,47 +242,3 @@ def test_no_buffer_of_tokens_times_vocabulary():
     ]
     assert 32 * vocab <= max(sizes) < tokens * vocab
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4
-
-
-SHARDED = """
-import re
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from fusejax import loss
-
-mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-rng = np.random.default_rng(0)
-B, L, D, V, M = 8, 6, 16, 64, 5
-hidden = rng.normal(size=(B, L, D)).astype(np.float32)
-unembedding = rng.normal(size=(D, V)).astype(np.float32)
-labels = rng.integers(-1, V, (B, L)).astype(np.int32)
-ids = rng.integers(-1, V, (B, L, M)).astype(np.int32)
-probs = (rng.random((B, L, M)) / M).astype(np.float32)
-
-def step(h, w, y, ids, probs, λ):
-    def total(h, w):
-        sums = loss.fusion_loss(h, w, y, ids, probs, weight_clm=λ, block=16, batch_shards=4)
-        return sums.total / sums.count, sums
-    return jax.value_and_grad(total, (0, 1), has_aux=True)(h, w)
-
-one = jax.jit(step)(hidden, unembedding, labels, ids, probs, 0.3)
-rows, columns = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P("fsdp", "tensor"))
-put = jax.device_put
-arrays = (put(hidden, rows), put(unembedding, columns), put(labels, rows), put(ids, rows), put(probs, rows), 0.3)
-sharded = jax.jit(step, in_shardings=(rows, columns, rows, rows, rows, None)).lower(*arrays).compile()
-many = sharded(*arrays)
-assert len(many[1][1].sharding.device_set) == 8
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, many)
-# The gradient of the unembedding meets once, after the loop over blocks, not in each of them.
-loops, entry = sharded.as_text().split("\\nENTRY")
-collective = re.compile(r"= .*16,32\\].* (all-reduce|all-gather|reduce-scatter)(-start)?\\(")
-assert collective.search(entry) and not collective.search(loops)
-print("same on", jax.device_count(), "devices")
-"""
-
-
-def test_eight_devices_give_the_same():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    result = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=300)
-    assert "same on 8 devices" in result.stdout, result.stderr

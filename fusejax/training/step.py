@@ -39,7 +39,7 @@ def make_step(
 
         def sums_of(trained: Any, batch: Batch, count: jax.Array) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, tuning.combine(config, trained, fixed))
-            total, sums = batch_sums(config, model, batch, tables, weight_clm)
+            total, sums = batch_sums(config, model, batch, tables, weight_clm, mesh)
             return total / count, sums
 
         gradients, sums = accumulate(sums_of, state["params"], batch, config, mesh)
@@ -92,14 +92,18 @@ def update(config: Config, optimizer: Any, state: State, gradients: Any) -> Stat
 
 
 def batch_sums(
-    config: Config, model: Any, batch: Batch, tables: list[fusion.TokenTable], weight_clm: jax.Array
+    config: Config,
+    model: Any,
+    batch: Batch,
+    tables: list[fusion.TokenTable],
+    weight_clm: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(Σ loss over the labelled tokens, sums for the metrics), float32; sums of microbatches add up. See `means`."""
     hidden_BLD = model.hidden(batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
     labels_BL = batch["labels"]
-    shards = config.mesh.data * config.mesh.fsdp
     if not tables:
-        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, batch_shards=shards)
+        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, mesh=mesh)
         return sums.total, {"loss": sums}
     fused = fuse_batch(config, batch, tables, model.config.vocab_size)
     sums = loss.fusion_loss(
@@ -112,7 +116,7 @@ def batch_sums(
         kind=config.loss.kind,
         temperature=config.loss.temperature,
         tail=config.loss.tail,
-        batch_shards=shards,
+        mesh=mesh,
     )
     return sums.total, {"loss": sums, "rows": fusion.fusion_sums(fused, labels_BL >= 0)}
 

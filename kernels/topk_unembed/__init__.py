@@ -4,15 +4,20 @@
     log p  = logits − logsumexp(logits)
 
 `reference` writes this down on the whole [T, V] array; `xla` goes over the vocabulary in blocks and never holds more
-than one of them. Both give the same ids (ties: the lower id first) and the same values within float32 rounding.
+than one of them. Both give the same ids (ties: the lower id first) and the same values within float32 rounding. Over a
+mesh each device searches its own columns of the vocabulary, and the k best of each are merged.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from fusejax.kernels.placement import Placement
 from fusejax.kernels.topk_unembed import reference, xla
+from fusejax.kernels.topk_unembed.candidates import Candidates, across, finish
 from fusejax.kernels.topk_unembed.reference import TopK
+from jax.sharding import PartitionSpec
 
 __all__ = ["TopK", "topk_unembed"]
 
@@ -29,6 +34,7 @@ def topk_unembed(
     logit_scale: float = 1.0,
     logit_cap: float | None = None,
     block: int | None = None,
+    placement: Placement | None = None,
     implementation: Implementation = "auto",
 ) -> TopK:
     """Top-k log-probabilities and CE of `labels`, without a [T, V] array (except in `reference`).
@@ -41,6 +47,7 @@ def topk_unembed(
       vocab_size: ids from here on are padding of the table: they get probability 0. Default V.
       logit_scale, logit_cap: applied to the logits, in this order.
       block: vocabulary entries at a time (xla); default: about 64 MiB of logits.
+      placement: how the tokens and the vocabulary are split over a mesh; None: one device.
       implementation: "auto" takes the fastest for the backend.
 
     Returns:
@@ -60,19 +67,68 @@ def topk_unembed(
         raise ValueError(f"hidden states have {hidden.shape[-1]} channels, the unembedding {D}")
     lead = hidden.shape[:-1]
     hidden_TD = hidden.reshape(-1, D)
-    T = hidden_TD.shape[0]
-    labels_T = jnp.full(T, -1, jnp.int32) if labels is None else labels.reshape(T)
-    options: dict[str, Any] = {
-        "k": k,
-        "vocab_size": vocab_size,
-        "logit_scale": logit_scale,
-        "logit_cap": logit_cap,
-    }
+    labels_T = jnp.full(hidden_TD.shape[0], -1, jnp.int32) if labels is None else labels.reshape(-1)
+    options: dict[str, Any] = {"k": k, "logit_scale": logit_scale, "logit_cap": logit_cap}
     if implementation == "reference":
-        out = reference.topk_unembed(hidden_TD, unembedding_DV, labels_T, **options)
-    elif implementation in ("auto", "xla"):
-        options["block"] = block or xla.default_block(T)
-        out = xla.topk_unembed(hidden_TD, unembedding_DV, labels_T, **options)
-    else:
+        out = reference.topk_unembed(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size, **options)
+    elif implementation not in ("auto", "xla"):
         raise ValueError(f"unknown implementation {implementation!r}: auto, reference or xla")
+    else:
+        options["block"] = block
+        if placement is None:
+            found = xla.topk_unembed(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size, **options)
+        else:
+            found = _over_mesh(hidden_TD, unembedding_DV, labels_T, vocab_size, placement, options)
+        out = finish(found, labels_T)
     return TopK(*(x.reshape(lead + x.shape[1:]) for x in out))
+
+
+def _over_mesh(
+    hidden_TD: jax.Array,
+    unembedding_DV: jax.Array,
+    labels_T: jax.Array,
+    vocab_size: int,
+    placement: Placement,
+    options: dict[str, Any],
+) -> Candidates:
+    """Each device takes its tokens and its columns; tokens and columns are padded to where the mesh divides them."""
+    T, V = hidden_TD.shape[0], unembedding_DV.shape[1]
+    pad_T, pad_V = -T % placement.batch_shards, -V % placement.vocab_shards
+    tokens, columns = PartitionSpec(placement.batch), PartitionSpec(None, placement.vocab)
+    run = jax.shard_map(
+        partial(_on_device, vocab_size=vocab_size, placement=placement, options=options),
+        mesh=placement.mesh,
+        in_specs=(tokens, columns, tokens),
+        out_specs=Candidates(tokens, tokens, tokens, tokens),
+        check_vma=False,
+    )
+    found = run(
+        jnp.pad(hidden_TD, ((0, pad_T), (0, 0))),
+        jnp.pad(unembedding_DV.astype(hidden_TD.dtype), ((0, 0), (0, pad_V))),
+        jnp.pad(labels_T, (0, pad_T), constant_values=-1),
+    )
+    return Candidates(*(x[:T] for x in found))
+
+
+def _on_device(
+    hidden_TD: jax.Array,
+    table_DW: jax.Array,
+    labels_T: jax.Array,
+    *,
+    vocab_size: int,
+    placement: Placement,
+    options: dict[str, Any],
+) -> Candidates:
+    width = table_DW.shape[1]
+    first = jax.lax.axis_index(placement.vocab) * width
+    cut = width * placement.vocab_shards > vocab_size
+    found = xla.topk_unembed(
+        hidden_TD,
+        table_DW,
+        jnp.where((labels_T >= first) & (labels_T < first + width), labels_T - first, -1),
+        jnp.clip(vocab_size - first, 0, width) if cut else None,
+        vocab_size=width,
+        **options,
+    )
+    found = found._replace(ids=found.ids + first)
+    return across(found, placement.vocab) if placement.vocab_shards > 1 else found

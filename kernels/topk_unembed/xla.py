@@ -4,7 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from fusejax.kernels.topk_unembed.reference import TopK, logits_of
+from fusejax.kernels.topk_unembed.candidates import Candidates
+from fusejax.kernels.topk_unembed.reference import logits_of
 
 _BLOCK_ELEMENTS = 1 << 24  # float32 logits held at a time: 64 MiB
 
@@ -18,16 +19,18 @@ def topk_unembed(
     hidden_TD: jax.Array,
     unembedding_DV: jax.Array,
     labels_T: jax.Array,
+    valid: jax.Array | None = None,
     *,
     k: int,
     vocab_size: int,
     logit_scale: float,
     logit_cap: float | None,
-    block: int,
-) -> TopK:
-    """See `fusejax.kernels.topk_unembed.topk_unembed`; here hidden [T, D] and labels [T]."""
+    block: int | None,
+) -> Candidates:
+    """Of the first `vocab_size` columns (and of them those before `valid`): see `fusejax.kernels.topk_unembed`."""
     T = hidden_TD.shape[0]
-    take = functools.partial(_take_block, hidden_TD, unembedding_DV, labels_T, k, logit_scale, logit_cap)
+    block = block or default_block(T)
+    take = functools.partial(_take_block, hidden_TD, unembedding_DV, labels_T, valid, k, logit_scale, logit_cap)
     carry = (
         jnp.full((T, k), -jnp.inf),
         jnp.zeros((T, k), jnp.int32),
@@ -43,15 +46,16 @@ def topk_unembed(
     if vocab_size % block:
         carry = take(vocab_size % block, carry, jnp.int32(whole * block))
     values_TK, ids_TK, max_T, sum_T, label_T = carry
-    lse_T = max_T + jnp.log(sum_T)
-    return TopK(ids_TK, values_TK - lse_T[:, None], lse_T, jnp.where(labels_T >= 0, lse_T - label_T, 0.0))
+    return Candidates(values_TK, ids_TK, max_T + jnp.log(sum_T), label_T)
 
 
-def _take_block(hidden_TD, unembedding_DV, labels_T, k, logit_scale, logit_cap, size, carry, start):  # type: ignore[no-untyped-def]
+def _take_block(hidden_TD, unembedding_DV, labels_T, valid, k, logit_scale, logit_cap, size, carry, start):  # type: ignore[no-untyped-def]
     """The carry after the vocabulary entries start .. start + size."""
     values_TK, ids_TK, max_T, sum_T, label_T = carry
     table_DB = jax.lax.dynamic_slice_in_dim(unembedding_DV, start, size, axis=1)
     logits_TB = logits_of(hidden_TD, table_DB, logit_scale, logit_cap)
+    if valid is not None:
+        logits_TB = jnp.where(start + jnp.arange(size) < valid, logits_TB, -jnp.inf)
     if k:
         new_TK, where_TK = jax.lax.top_k(logits_TB, min(k, size))
         # Earlier blocks come first, and top_k keeps the first of equals: ties go to the lower id.

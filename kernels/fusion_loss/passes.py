@@ -1,0 +1,188 @@
+"""The fused loss over all tokens: block by block, on one device or over a mesh, with its own derivative rule.
+
+No array of tokens × vocabulary beyond one block is made. Each device goes over its own tokens with its own columns of
+the unembedding; where the vocabulary is split, the devices of a row exchange a few floats per token and block
+(`terms.across`), so that all of them know the log-sum-exp of the whole vocabulary.
+"""
+
+from functools import partial
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from fusejax.kernels.fusion_loss.terms import Options, Rows, Sums, across, terms
+from jax import Array
+from jax.sharding import PartitionSpec
+
+# Elements of one block of logits on a device: 64 MB in float32.
+BLOCK_ELEMENTS = 1 << 24
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def losses(hidden: Array, unembedding: Array, rows: Rows, weight_clm: Array, options: Options) -> tuple[Array, Sums]:
+    """hidden [T, D], unembedding [D, V], weight_clm λ float32[] → (λ·clm + (1−λ)·fusion + z_loss, the parts).
+
+    Differentiable in hidden and unembedding, through the first result only.
+    """
+    return _over_mesh(hidden, unembedding, rows, weight_clm, options, with_gradients=False)[0]
+
+
+def _forward(
+    hidden: Array, unembedding: Array, rows: Rows, weight_clm: Array, options: Options
+) -> tuple[tuple[Array, Sums], tuple[Array, ...] | tuple]:
+    if options.gradients == "forward":
+        out, *gradients = _over_mesh(hidden, unembedding, rows, weight_clm, options, with_gradients=True)
+        like = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), unembedding.dtype))
+        return out, (gradients, like, rows, weight_clm)
+    out = _over_mesh(hidden, unembedding, rows, weight_clm, options, with_gradients=False)[0]
+    return out, (None, (hidden, unembedding), rows, weight_clm)
+
+
+def _backward(options: Options, saved: tuple, cotangents: tuple[Array, Sums]) -> tuple:
+    gradients, like, rows, weight_clm = saved
+    if gradients is None:
+        hidden, unembedding = like
+        _, *gradients = _over_mesh(hidden, unembedding, rows, weight_clm, options, with_gradients=True)
+    scaled = ((g * cotangents[0]).astype(x.dtype) for g, x in zip(gradients, like, strict=True))
+    return (*scaled, None, None)
+
+
+losses.defvjp(_forward, _backward)
+
+
+def _over_mesh(
+    hidden: Array, unembedding: Array, rows: Rows, weight_clm: Array, options: Options, with_gradients: bool
+) -> tuple:
+    """Returns ((total, sums), gradient of hidden, gradient of unembedding), the gradients only where asked for."""
+    weights = unembedding.astype(hidden.dtype)
+    placement = options.placement
+    if placement is None:
+        return _over_blocks(hidden, weights, rows, weight_clm, None, options=options, with_gradients=with_gradients)
+    (T, D), V = hidden.shape, weights.shape[1]
+    pad_T, pad_V = -T % placement.batch_shards, -V % placement.vocab_shards
+    hidden, rows = jax.tree.map(lambda x: jnp.pad(x, [(0, pad_T)] + [(0, 0)] * (x.ndim - 1)), (hidden, rows))
+    weights = jnp.pad(weights, ((0, 0), (0, pad_V)))
+    tokens, columns = PartitionSpec(placement.batch), PartitionSpec(None, placement.vocab)
+    at_rest = placement.embed if D % placement.mesh.shape[placement.embed] == 0 else None
+    results: tuple = ((PartitionSpec(), PartitionSpec()),)
+    if with_gradients:
+        results += (tokens, PartitionSpec(at_rest, placement.vocab))
+    run = jax.shard_map(
+        partial(_on_device, vocab_size=V, at_rest=at_rest, options=options, with_gradients=with_gradients),
+        mesh=placement.mesh,
+        in_specs=(tokens, columns, tokens, PartitionSpec()),
+        out_specs=results,
+        check_vma=False,
+    )
+    out, *gradients = run(hidden, weights, rows, weight_clm)
+    return (out, gradients[0][:T], gradients[1][:, :V]) if gradients else (out,)
+
+
+def _on_device(
+    hidden: Array,
+    weights: Array,
+    rows: Rows,
+    weight_clm: Array,
+    *,
+    vocab_size: int,
+    at_rest: str | None,
+    options: Options,
+    with_gradients: bool,
+) -> tuple:
+    """`_over_blocks` of this device's tokens and columns, the results added up over the mesh."""
+    placement = options.placement
+    assert placement is not None
+    width = weights.shape[1]
+    first = jax.lax.axis_index(placement.vocab) * width
+    padded = width * placement.vocab_shards > vocab_size
+    out, *gradients = _over_blocks(
+        hidden,
+        weights,
+        rows,
+        weight_clm,
+        jnp.clip(vocab_size - first, 0, width) if padded else None,
+        first=first,
+        options=options,
+        with_gradients=with_gradients,
+    )
+    out = jax.lax.psum(out, placement.batch)
+    if not gradients:
+        return (out,)
+    grad_TD, grad_DV = gradients
+    if at_rest is None:
+        return out, grad_TD, jax.lax.psum(grad_DV, placement.batch)
+    others = tuple(axis for axis in placement.batch if axis != at_rest)
+    grad_DV = jax.lax.psum_scatter(grad_DV, at_rest, scatter_dimension=0, tiled=True)
+    return out, grad_TD, jax.lax.psum(grad_DV, others)
+
+
+def _over_blocks(
+    hidden: Array,
+    weights: Array,
+    rows: Rows,
+    weight_clm: Array,
+    valid: Array | None,
+    *,
+    options: Options,
+    with_gradients: bool,
+    first: Array | int = 0,
+) -> tuple:
+    """One device's part: as `_over_mesh`, `weights` [D, W] being the vocabulary's columns first .. first + W.
+
+    Of them those from `valid` on are padding (None: none are).
+    """
+    T, D = hidden.shape
+    kernel = _implementation(options)
+    placement = options.placement
+    split = placement is not None and placement.vocab_shards > 1
+    n = max(1, -(-T // (options.block or block_tokens(weights.shape[1]))))
+    size = -(-T // n)
+
+    def blocks(x: Array) -> Array:
+        """[T, …] → [n, size, …]"""
+        x = jnp.pad(x, [(0, size * n - T)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(n, size, *x.shape[1:])
+
+    def step(carry: tuple, block: tuple[Array, Rows]) -> tuple[tuple, Array | None]:
+        total, sums, grad_DV = carry
+        h, r = block
+        # Whatever a row that counts for nothing holds (padding may be NaN), 0 · NaN must not reach the gradients.
+        h = jnp.where(((r.clm_weight != 0) | (r.fusion_weight != 0))[:, None], h, jnp.zeros((), h.dtype))
+        ids = _here(jnp.concatenate([r.ids, r.labels[:, None]], -1), first, weights.shape[1])
+        found, kept = kernel.statistics(h, weights, ids, valid, options)
+        if split:
+            found = across(found, placement.vocab)
+        value, parts, slopes = terms(found, r, weight_clm, options)
+        total, sums = total + value, jax.tree.map(jnp.add, sums, parts)
+        if not with_gradients:
+            return (total, sums, None), None
+        dlogits = kernel.dlogits(kept, ids, slopes, options).astype(h.dtype)
+        grad_h = jnp.einsum("tv,dv->td", dlogits, weights, preferred_element_type=jnp.float32)
+        if split:
+            grad_h = jax.lax.psum(grad_h, placement.vocab)
+        grad_DV += jnp.einsum("td,tv->dv", h, dlogits, preferred_element_type=jnp.float32)
+        return (total, sums, grad_DV), grad_h.astype(h.dtype)
+
+    zero = jnp.zeros((), jnp.float32)
+    grad_DV = jnp.zeros(weights.shape, jnp.float32) if with_gradients else None
+    carry = (zero, Sums(zero, zero, zero, zero), grad_DV)
+    (total, sums, grad_DV), grads = jax.lax.scan(step, carry, jax.tree.map(blocks, (hidden, rows)))
+    if grad_DV is None:
+        return ((total, sums),)
+    return (total, sums), jnp.asarray(grads).reshape(size * n, D)[:T], grad_DV
+
+
+def block_tokens(columns: int) -> int:
+    """Tokens of one block of logits on a device that holds so many columns of the vocabulary."""
+    return max(8, BLOCK_ELEMENTS // columns)
+
+
+def _here(ids: Array, first: Array | int, width: int) -> Array:
+    """Ids of the vocabulary as columns of this device's part of it, −1 where they are elsewhere."""
+    return jnp.where((ids >= first) & (ids < first + width), ids - first, -1)
+
+
+def _implementation(options: Options) -> ModuleType:
+    from fusejax.kernels.fusion_loss import xla
+
+    return xla

@@ -1,0 +1,171 @@
+"""What the fused loss and its gradient are, given a few numbers of each token: the same for every implementation.
+
+Write z_i for a token's logits, y for its label, t_e for the target's events: its support ids, and with a tail one more,
+"anything else". From the log-sum-exp of the logits and the logits at y and at the support ids follow loss and gradient:
+
+  clm    = lse − z_y                                        ∂/∂z_i = p_i − [i = y]
+  fusion = Σ_j q_j (lse' − z_j/τ)   without a tail, lse' = log Σ_i exp(z_i/τ); ∂/∂z_i = (Σq · p'_i − q_i)/τ
+  fusion = −Σ_e t_e log s_e         with a tail, s = softmax over events of ℓ/τ, ℓ_e the model's log-probability of e
+
+With g_e = (Σt · s_e − t_e)/τ the gradient under a tail is g_j at the support and g_rest · exp(z_i − lse_rest) outside,
+where lse_rest = log Σ_{i outside the support} exp(z_i) is summed directly: 1 − Σ_j p_j would lose all its digits.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from fusejax.kernels.placement import Placement
+from jax import Array
+
+Implementation = Literal["xla", "tpu", "gpu"]
+
+
+class Options(NamedTuple):
+    """What is fixed at compile time. `block`: tokens of one block of logits on each device; None: 64 MB of float32."""
+
+    block: int | None = None
+    placement: Placement | None = None  # None: everything on one device
+    implementation: Implementation = "xla"
+    interpret: bool = False  # Pallas kernels as plain XLA, for tests on CPUs
+    temperature: float = 1.0
+    tail: bool = False
+    nonnegative: bool = False  # a divergence: clear it of rounding below 0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    z_loss: float = 0.0
+    model_entropy: bool = False
+    gradients: str = "forward"
+
+
+class Rows(NamedTuple):
+    """Per-token inputs; T tokens, M support entries.
+
+    labels: int32[T] (any value where clm_weight is 0). ids: int32[T, M], distinct, −1 = none. q: float32[T, M], 0 where
+    none; with a tail and τ ≠ 1 already tempered. rest: float32[T], the tail event's probability. constant: float32[T],
+    taken off the fusion loss (the target's entropy, for KL). clm_weight, fusion_weight: float32[T].
+    """
+
+    labels: Array
+    ids: Array
+    q: Array
+    rest: Array
+    constant: Array
+    clm_weight: Array
+    fusion_weight: Array
+
+
+class Sums(NamedTuple):
+    """float32[]: Σ clm_weight·clm, Σ fusion_weight·fusion, Σ clm_weight·z_loss, Σ clm_weight·entropy of the model."""
+
+    clm: Array
+    fusion: Array
+    z_loss: Array
+    entropy: Array
+
+
+class Statistics(NamedTuple):
+    """What is needed of a token's logits z, float32; "counted" are all tokens, but under a tail those off the support.
+
+    at: [T, M + 1], z at the M support ids and at the label, 0 where there is none. lse: [T], logsumexp of the counted
+    z. lse_tempered: [T], logsumexp(z/τ), without a tail at τ ≠ 1. mean: [T], the mean of the counted z under their
+    softmax, where the model's entropy is asked for. What a variant has no use for is None.
+    """
+
+    at: Array
+    lse: Array
+    lse_tempered: Array | None
+    mean: Array | None
+
+
+class Slopes(NamedTuple):
+    """∂ Σ loss / ∂ z_i = dense · exp(z_i − shift) [i counted] + tempered · exp(z_i/τ − shift_tempered) + Σ at at i.
+
+    float32[T] each, and at float32[T, M + 1] for the support ids and the label; z after scale and cap.
+    """
+
+    dense: Array
+    shift: Array
+    tempered: Array | None
+    shift_tempered: Array | None
+    at: Array
+
+
+def across(statistics: Statistics, axis: str) -> Statistics:
+    """The whole vocabulary's from each device's own columns of it, in one exchange of M + 2 to M + 4 floats a token."""
+    at, *others = statistics
+    parts = [x[:, None] for x in others if x is not None]
+    gathered = jax.lax.all_gather(jnp.concatenate([at, *parts], -1), axis)  # [devices, T, M + 1 + parts]
+    M1 = at.shape[-1]
+    at = jnp.sum(gathered[..., :M1], 0)
+    columns = iter(jnp.moveaxis(gathered[..., M1:], -1, 0))
+    lses = next(columns)
+    lse = jax.nn.logsumexp(lses, 0)
+    tempered = jax.nn.logsumexp(next(columns), 0) if statistics.lse_tempered is not None else None
+    if statistics.mean is None:
+        return Statistics(at, lse, tempered, None)
+    share = jnp.where(lses > -jnp.inf, jnp.exp(lses - _finite(lse)), 0.0)
+    return Statistics(at, lse, tempered, jnp.sum(share * next(columns), 0))
+
+
+def terms(s: Statistics, r: Rows, weight_clm: Array, options: Options) -> tuple[Array, Sums, Slopes]:
+    """λ·clm + (1−λ)·fusion + z_loss summed over the rows, its parts, and the gradient's coefficients."""
+    on_clm = weight_clm * r.clm_weight
+    on_fusion = (1 - weight_clm) * r.fusion_weight
+    variant = _tail_terms if options.tail else _plain_terms
+    lse, fusion, mean, slopes = variant(s, r, on_clm, on_fusion, options)
+    fusion = fusion - r.constant
+    if options.nonnegative:
+        fusion = jnp.maximum(fusion, 0.0)
+    sums = Sums(
+        _weighted(r.clm_weight, lse - s.at[:, -1]),
+        _weighted(r.fusion_weight, fusion),
+        options.z_loss * _weighted(r.clm_weight, lse**2),
+        jnp.zeros((), jnp.float32) if mean is None else _weighted(r.clm_weight, lse - mean),
+    )
+    total = weight_clm * sums.clm + (1 - weight_clm) * sums.fusion + sums.z_loss
+    return total, sums, slopes._replace(at=jnp.concatenate([slopes.at, -on_clm[:, None]], -1))
+
+
+def _plain_terms(s: Statistics, r: Rows, on_clm: Array, on_fusion: Array, options: Options) -> tuple:
+    """(lse, fusion loss, mean logit, slopes at the support), the support's mass being all there is."""
+    τ = options.temperature
+    on_p = on_clm + 2 * options.z_loss * r.clm_weight * s.lse
+    lse_τ = s.lse if s.lse_tempered is None else s.lse_tempered
+    Σq = jnp.sum(r.q, -1)
+    fusion = Σq * lse_τ - jnp.sum(r.q * s.at[:, :-1], -1) / τ
+    at = -on_fusion[:, None] * r.q / τ
+    if τ == 1:
+        return s.lse, fusion, s.mean, Slopes(on_p + on_fusion * Σq, s.lse, None, None, at)
+    return s.lse, fusion, s.mean, Slopes(on_p, s.lse, on_fusion * Σq / τ, lse_τ, at)
+
+
+def _tail_terms(s: Statistics, r: Rows, on_clm: Array, on_fusion: Array, options: Options) -> tuple:
+    """As `_plain_terms`, with everything outside the support as one more event."""
+    τ = options.temperature
+    z_ids = jnp.where(r.ids >= 0, s.at[:, :-1], -jnp.inf)
+    events = jnp.concatenate([z_ids, s.lse[:, None]], -1)
+    exists = events > -jnp.inf  # no tail event where the support is the whole vocabulary
+    t = jnp.where(exists, jnp.concatenate([r.q, r.rest[:, None]], -1), 0.0)
+    Σt = jnp.sum(t, -1, keepdims=True)
+    lse = jax.nn.logsumexp(events, -1)
+    log_s = jnp.where(exists, jax.nn.log_softmax(events / τ, -1), 0.0)
+    fusion = -jnp.sum(t * log_s, -1)
+    g = jnp.where(exists, (Σt * jnp.exp(log_s) - t) / τ, 0.0)
+    p = jnp.exp(events - lse[:, None])
+    mean = None
+    if s.mean is not None:
+        mean = p[:, -1] * s.mean + jnp.sum(p[:, :-1] * s.at[:, :-1], -1)
+    on_p = on_clm + 2 * options.z_loss * r.clm_weight * lse
+    on_events = on_p[:, None] * p + on_fusion[:, None] * g
+    # exp(z − lse_rest) rather than p_i: the model's mass outside the support may be too small for a quotient.
+    return lse, fusion, mean, Slopes(on_events[:, -1], _finite(s.lse), None, None, on_events[:, :-1])
+
+
+def _weighted(weight: Array, value: Array) -> Array:
+    """Σ weight·value; a masked row adds exactly 0, whatever its value is."""
+    return jnp.sum(jnp.where(weight != 0, weight * value, 0.0))
+
+
+def _finite(lse: Array) -> Array:
+    return jnp.where(lse == -jnp.inf, 0.0, lse)
