@@ -20,6 +20,7 @@ from fusejax.kernels.fusion_loss import passes, terms
 Kind = Literal["ce", "kl"]
 Tail = Literal["tail", "renormalize"]
 Gradients = Literal["forward", "recompute"]
+Implementation = Literal["auto", "xla", "tpu", "gpu"]
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +72,8 @@ def fusion_loss(
     z_loss: float = 0.0,
     model_entropy: bool = False,
     gradients: Gradients = "forward",
+    implementation: Implementation = "auto",
+    interpret: bool = False,
 ) -> LossSums:
     """λ · L_CLM + (1 − λ) · L_Fusion ("Knowledge Fusion of Large Language Models", section 3.1), summed over tokens.
 
@@ -93,7 +96,8 @@ def fusion_loss(
     share one block of logits on a device (default: 64 MB of float32); no array of tokens × V beyond it is made. mesh:
     the tokens are split over its batch axes and the vocabulary over its tensor axis; the result is the same.
     gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the backward
-    pass), `recompute` in the backward pass. Only `total` is differentiable, in hidden and unembedding.
+    pass), `recompute` in the backward pass. implementation: `xla`, or the Pallas kernels for `tpu` or `gpu`; `auto` is
+    `xla` (docs/kernels.md says why); interpret: run Pallas kernels as plain XLA, slowly, for tests. Only `total` is differentiable, in hidden and unembedding.
 
     >>> hidden, unembedding = jnp.eye(2, 4), jnp.eye(4, 6)
     >>> sums = fusion_loss(
@@ -121,6 +125,8 @@ def fusion_loss(
     options = terms.Options(
         block=block,
         placement=sharding.placement(mesh),
+        implementation="xla" if implementation == "auto" else implementation,
+        interpret=interpret,
         temperature=temperature,
         tail=tail == "tail",
         nonnegative=kind == "kl",

@@ -5,6 +5,7 @@ the unembedding; where the vocabulary is split, the devices of a row exchange a 
 (`terms.across`), so that all of them know the log-sum-exp of the whole vocabulary.
 """
 
+import importlib
 from functools import partial
 from types import ModuleType
 
@@ -13,9 +14,6 @@ import jax.numpy as jnp
 from fusejax.kernels.fusion_loss.terms import Options, Rows, Sums, across, terms
 from jax import Array
 from jax.sharding import PartitionSpec
-
-# Elements of one block of logits on a device: 64 MB in float32.
-BLOCK_ELEMENTS = 1 << 24
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -135,7 +133,7 @@ def _over_blocks(
     kernel = _implementation(options)
     placement = options.placement
     split = placement is not None and placement.vocab_shards > 1
-    n = max(1, -(-T // (options.block or block_tokens(weights.shape[1]))))
+    n = max(1, -(-T // (options.block or kernel.block_tokens(weights.shape[1], hidden.dtype))))
     size = -(-T // n)
 
     def blocks(x: Array) -> Array:
@@ -172,17 +170,11 @@ def _over_blocks(
     return (total, sums), jnp.asarray(grads).reshape(size * n, D)[:T], grad_DV
 
 
-def block_tokens(columns: int) -> int:
-    """Tokens of one block of logits on a device that holds so many columns of the vocabulary."""
-    return max(8, BLOCK_ELEMENTS // columns)
-
-
 def _here(ids: Array, first: Array | int, width: int) -> Array:
     """Ids of the vocabulary as columns of this device's part of it, −1 where they are elsewhere."""
     return jnp.where((ids >= first) & (ids < first + width), ids - first, -1)
 
 
 def _implementation(options: Options) -> ModuleType:
-    from fusejax.kernels.fusion_loss import xla
-
-    return xla
+    """The module that makes a block; Pallas is imported only where it is asked for."""
+    return importlib.import_module(f"fusejax.kernels.fusion_loss.{options.implementation}")
