@@ -97,7 +97,8 @@ def fusion_loss(
     the tokens are split over its batch axes and the vocabulary over its tensor axis; the result is the same.
     gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the backward
     pass), `recompute` in the backward pass. implementation: `xla`, or the Pallas kernels for `tpu` or `gpu`; `auto` is
-    `xla` (docs/kernels.md says why); interpret: run Pallas kernels as plain XLA, slowly, for tests. Only `total` is differentiable, in hidden and unembedding.
+    `xla` (docs/kernels.md says why). interpret: run Pallas kernels as plain XLA, slowly, for tests. Only `total` is
+    differentiable, in hidden and unembedding.
 
     >>> hidden, unembedding = jnp.eye(2, 4), jnp.eye(4, 6)
     >>> sums = fusion_loss(

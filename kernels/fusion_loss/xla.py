@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from fusejax.kernels.fusion_loss.terms import Options, Slopes, Statistics
 from jax import Array
 
-
 BLOCK_ELEMENTS = 1 << 24  # of one block of logits on a device: 64 MB in float32
 
 
