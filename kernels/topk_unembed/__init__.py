@@ -4,10 +4,12 @@
     log p  = logits − logsumexp(logits)
 
 `reference` writes this down on the whole [T, V] array; `xla` goes over the vocabulary in blocks and never holds more
-than one of them. Both give the same ids (ties: the lower id first) and the same values within float32 rounding. Over a
-mesh each device searches its own columns of the vocabulary, and the k best of each are merged.
+than one of them; `tpu` is a Pallas kernel that holds a tile. All give the same ids (ties: the lower id first) and the
+same values within float32 rounding. Over a mesh each device searches its own columns of the vocabulary, and the k best
+of each are merged.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +23,8 @@ from jax.sharding import PartitionSpec
 
 __all__ = ["TopK", "topk_unembed"]
 
-Implementation = Literal["auto", "reference", "xla"]
+Search = Callable[..., Candidates]
+Implementation = Literal["auto", "reference", "xla", "tpu"]
 
 
 def topk_unembed(
@@ -36,6 +39,7 @@ def topk_unembed(
     block: int | None = None,
     placement: Placement | None = None,
     implementation: Implementation = "auto",
+    interpret: bool = False,
 ) -> TopK:
     """Top-k log-probabilities and CE of `labels`, without a [T, V] array (except in `reference`).
 
@@ -48,7 +52,8 @@ def topk_unembed(
       logit_scale, logit_cap: applied to the logits, in this order.
       block: vocabulary entries at a time (xla); default: about 64 MiB of logits.
       placement: how the tokens and the vocabulary are split over a mesh; None: one device.
-      implementation: "auto" takes the fastest for the backend.
+      implementation: "reference", "xla", or "tpu", a Pallas kernel; "auto" is "xla" (docs/kernels.md says why).
+      interpret: run the Pallas kernel as plain XLA, slowly, for tests.
 
     Returns:
       TopK(ids int32 [..., k], logprobs float32 [..., k] sorted descending, log_normalizer float32 [...],
@@ -71,16 +76,24 @@ def topk_unembed(
     options: dict[str, Any] = {"k": k, "logit_scale": logit_scale, "logit_cap": logit_cap}
     if implementation == "reference":
         out = reference.topk_unembed(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size, **options)
-    elif implementation not in ("auto", "xla"):
-        raise ValueError(f"unknown implementation {implementation!r}: auto, reference or xla")
+    elif implementation not in ("auto", "xla", "tpu"):
+        raise ValueError(f"unknown implementation {implementation!r}: auto, reference, xla or tpu")
     else:
-        options["block"] = block
+        search = partial(_search(implementation, interpret), block=block, **options)
         if placement is None:
-            found = xla.topk_unembed(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size, **options)
+            found = search(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size)
         else:
-            found = _over_mesh(hidden_TD, unembedding_DV, labels_T, vocab_size, placement, options)
+            found = _over_mesh(hidden_TD, unembedding_DV, labels_T, vocab_size, placement, search)
         out = finish(found, labels_T)
     return TopK(*(x.reshape(lead + x.shape[1:]) for x in out))
+
+
+def _search(implementation: Implementation, interpret: bool) -> Search:
+    if implementation != "tpu":
+        return xla.topk_unembed
+    from fusejax.kernels.topk_unembed import tpu
+
+    return partial(tpu.topk_unembed, interpret=interpret)
 
 
 def _over_mesh(
@@ -89,14 +102,14 @@ def _over_mesh(
     labels_T: jax.Array,
     vocab_size: int,
     placement: Placement,
-    options: dict[str, Any],
+    search: Search,
 ) -> Candidates:
     """Each device takes its tokens and its columns; tokens and columns are padded to where the mesh divides them."""
     T, V = hidden_TD.shape[0], unembedding_DV.shape[1]
     pad_T, pad_V = -T % placement.batch_shards, -V % placement.vocab_shards
     tokens, columns = PartitionSpec(placement.batch), PartitionSpec(None, placement.vocab)
     run = jax.shard_map(
-        partial(_on_device, vocab_size=vocab_size, placement=placement, options=options),
+        partial(_on_device, vocab_size=vocab_size, placement=placement, search=search),
         mesh=placement.mesh,
         in_specs=(tokens, columns, tokens),
         out_specs=Candidates(tokens, tokens, tokens, tokens),
@@ -117,18 +130,17 @@ def _on_device(
     *,
     vocab_size: int,
     placement: Placement,
-    options: dict[str, Any],
+    search: Search,
 ) -> Candidates:
     width = table_DW.shape[1]
     first = jax.lax.axis_index(placement.vocab) * width
     cut = width * placement.vocab_shards > vocab_size
-    found = xla.topk_unembed(
+    found = search(
         hidden_TD,
         table_DW,
         jnp.where((labels_T >= first) & (labels_T < first + width), labels_T - first, -1),
         jnp.clip(vocab_size - first, 0, width) if cut else None,
         vocab_size=width,
-        **options,
     )
     found = found._replace(ids=found.ids + first)
     return across(found, placement.vocab) if placement.vocab_shards > 1 else found

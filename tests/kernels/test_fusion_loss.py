@@ -31,8 +31,9 @@ def run(hidden, unembedding, labels, ids, probs, mask, **options):
     return sums, gradients
 
 
-def check(arrays, block=None, gradients="forward", **options):
-    sums, got = run(*arrays, block=block, gradients=gradients, **options)
+def check(arrays, block=None, gradients="forward", implementation="xla", interpret=False, **options):
+    kernel = {"implementation": implementation, "interpret": interpret}
+    sums, got = run(*arrays, block=block, gradients=gradients, **kernel, **options)
     want = reference.losses(*arrays, **options)
     for name in ("clm", "fusion", "total"):
         np.testing.assert_allclose(getattr(sums, name), getattr(want, name).sum(), rtol=1e-6, atol=1e-6, err_msg=name)
