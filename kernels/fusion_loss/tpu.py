@@ -6,6 +6,7 @@ the memory in bfloat16 or less.
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,9 @@ class _Tiles:
     def per_row(self, width: int) -> pl.BlockSpec:
         return pl.BlockSpec((self.rows, width), lambda t, v: (t, 0))
 
-    def compiler_options(self, flops: int, h: Array, weights: Array, written: int, across_columns: str) -> dict:
+    def compiler_options(
+        self, flops: int, h: Array, weights: Array, written: int, across_columns: Literal["parallel", "arbitrary"]
+    ) -> dict:
         read = h.nbytes + self.grid[0] * weights.nbytes
         cost = pl.CostEstimate(
             flops=flops, bytes_accessed=read + written, transcendentals=h.shape[0] * weights.shape[1]
