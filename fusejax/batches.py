@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from fusejax import sources, tokenizers
-from fusejax.alignment import GoldChain, load_token_table
+from fusejax.alignment import Chains, load_token_table, unpack_chain
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.fusion import TokenTable
@@ -204,7 +204,7 @@ class _Source:
         wanted = sources.inputs(config, source, self._tokenizer)
         check_inputs(self._cache.folder, {key: self._cache.inputs.get(key) for key in wanted}, wanted)
         self._row_maps = Store(config.folder / "alignment" / source.label)
-        self._gold = GoldChain(self._tokenizer) if config.alignment.gold_chain else None
+        self._chains = Chains(config, source.label) if config.alignment.gold_chain else None
 
     def rows(self, document: int, target: Arrays) -> Arrays:
         """The source_* arrays of a document, [n, ...] for the n text tokens of the target; none if the source broke."""
@@ -239,10 +239,8 @@ class _Source:
                 window=fusion.window,
             ),
         }
-        if self._gold is not None:
-            out["gold_logprobs"] = self._gold(
-                target["boundaries"], row_map_T2, tokens["ids"], tokens["boundaries"], cache
-            )
+        if self._chains is not None:
+            out["gold_logprobs"] = unpack_chain(self._chains[document], row_map_T2, cache["ce"])
         return out
 
 

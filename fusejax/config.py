@@ -72,6 +72,7 @@ class AlignmentConfig(Section):
     gold_chain: bool = True
     fallback: Literal["gold", "skip"] = "gold"
     collisions: Literal["sum", "first"] = "sum"
+    workers: int | None = Field(None, ge=1)  # processes of the stage `align`; default: one for each CPU
 
 
 class FusionConfig(Section):

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from fusejax import metrics, plots, store
+from fusejax.alignment import read_report
 from fusejax.config import Config, dump
 from fusejax.progress import console, say
 from fusejax.training import run_folder, runs
@@ -41,9 +42,7 @@ def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[
             for split in ("train", "heldout")
             if (folder := config.folder / "data" / split / "documents").exists()
         },
-        "alignment": {
-            source.label: store.Store(config.folder / "alignment" / source.label).summary for source in config.sources
-        },
+        "alignment": {source.label: read_report(config.folder, source.label) for source in config.sources},
         "training": {name: _training(history) for name, history in histories.items()},
         "evaluation": {"bits_per_byte": _bits_per_byte(config)},
         "throughput": {name: _throughput(run_folder(config, name)) for name in histories},

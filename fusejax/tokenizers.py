@@ -91,6 +91,13 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         return self.roles.get("pad")
 
+    def shown(self, i: int) -> str:
+        """Token i for a reader: its text with spaces as '␣' and what cannot be printed escaped, or a special's name."""
+        piece = self.canonical_bytes[i] if 0 <= i < self.vocab_size else None
+        if piece is None:
+            return str(self._backend.id_to_token(i) or f"<{i}>")
+        return printable(piece)
+
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32[n], boundaries int32[n]) of a text, without special tokens.
 
@@ -248,6 +255,16 @@ class Tokenizer:
             tokens = self._mid_text.model.tokenize("".join(map(canonical.CHARACTER_OF_BYTE.__getitem__, piece)))
             return (tokens[0].id, len(tokens)) if tokens else (-1, 0)
         return self._byte_ids.get(piece[0], -1), len(piece)
+
+
+def printable(piece: bytes) -> str:
+    """Bytes of text on one line: spaces as '␣', controls and parts of characters escaped.
+
+    >>> printable(b" a\n")
+    '␣a\\\\n'
+    """
+    text = piece.decode("utf-8", "backslashreplace").replace(" ", "␣")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def for_model(model: ModelConfig) -> Tokenizer:

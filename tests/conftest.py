@@ -58,6 +58,12 @@ def _model(folder, model_type, rows, seed, **changes):
     export.save(fuse_models.init(decoder_config, seed), hf_config, folder, tokenizer_from=folder)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Token tables that tests make stay in a folder of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Folders of two models: `coarse` (Llama, larger vocabulary, padded rows) and `fine` (GPT-NeoX, BOS in front)."""

@@ -4,21 +4,24 @@
 `quality` says how good an alignment is.
 """
 
-from fusejax.alignment.chain import GoldChain
+from fusejax.alignment.chain import GoldChain, unpack_chain
 from fusejax.alignment.quality import quality
 from fusejax.alignment.rows import MAX_CONSUMED, map_rows, row_map
-from fusejax.alignment.stage import load_token_table, run
+from fusejax.alignment.stage import Chains, load_token_table, read_report, run
 from fusejax.alignment.tokens import TokenTable, token_map, token_table
 
 __all__ = [
     "MAX_CONSUMED",
+    "Chains",
     "GoldChain",
     "TokenTable",
     "load_token_table",
     "map_rows",
     "quality",
+    "read_report",
     "row_map",
     "run",
     "token_map",
     "token_table",
+    "unpack_chain",
 ]

@@ -14,6 +14,33 @@ from fusejax.alignment.tokens import prefix_hashes
 from fusejax.tokenizers import Tokenizer
 
 
+def pack_chain(gold_T: np.ndarray, row_map_T2: np.ndarray, ce_R: np.ndarray) -> dict[str, np.ndarray]:
+    """`GoldChain`'s float32[T] as the entries that differ from the source's own CE: {rows int[N], values float32[N]}.
+
+    Most target tokens lie in one source token, and there the chain is that token's log-probability, which the cache
+    has (`ce_R`).
+    """
+    rows_N = np.flatnonzero(gold_T != _one_token(row_map_T2, ce_R))
+    dtype = np.uint16 if len(gold_T) <= 1 << 16 else np.uint32
+    return {"rows": rows_N.astype(dtype), "values": gold_T[rows_N]}
+
+
+def unpack_chain(packed: Mapping[str, np.ndarray], row_map_T2: np.ndarray, ce_R: np.ndarray) -> np.ndarray:
+    """float32[T]: what `pack_chain` was given."""
+    gold_T = _one_token(row_map_T2, ce_R)
+    gold_T[packed["rows"]] = packed["values"]
+    return gold_T
+
+
+def _one_token(row_map_T2: np.ndarray, ce_R: np.ndarray) -> np.ndarray:
+    """float32[T]: the log-probability of the true token after each row, -inf where there is none."""
+    gold_T = np.full(len(row_map_T2), -np.inf, np.float32)
+    row_T = row_map_T2[:-1, 0]
+    t_N = np.flatnonzero((row_T >= 0) & (row_T < len(ce_R) - 1))
+    gold_T[t_N] = -ce_R[row_T[t_N]]
+    return gold_T
+
+
 class GoldChain:
     """Gold chains of one source; made once (it hashes the source's vocabulary), called for each document."""
 

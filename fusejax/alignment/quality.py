@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from fusejax.alignment.causes import CAUSES, fallback_causes
 from fusejax.alignment.chain import GoldChain
 from fusejax.alignment.rows import Tokens, row_mapper
 from fusejax.alignment.tokens import TokenTable, table_columns, token_table
 from fusejax.tokenizers import Tokenizer
 
 KINDS = ("same token", "same end", "inside a token", "fallback")
+TOP_TOKENS = 20
+"""How many disagreeing tokens a report names."""
 
 
 @dataclass
@@ -20,20 +23,28 @@ class Quality:
 
     rows: int = 0
     kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    causes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
     empty: tuple[float, int] = (0.0, 0)
     kept: tuple[float, int] = (0.0, 0)
+    collision_rows: tuple[float, int] = (0.0, 0)
+    collision_mass: tuple[float, int] = (0.0, 0)
     mapped_ce: tuple[float, int] = (0.0, 0)
+    mapped_ce_bytes: tuple[float, int] = (0.0, 0)
+    source_ce_bytes: tuple[float, int] = (0.0, 0)
+    token_mass: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64[V_source], over `kept` rows
 
-    def add_kinds(self, counts: np.ndarray) -> None:
-        """counts: int[4], rows of each of KINDS."""
-        for name, count in zip(KINDS, counts.tolist(), strict=True):
+    def add_rows(self, kinds: np.ndarray, causes: np.ndarray) -> None:
+        """kinds: int[len(KINDS)], causes: int[len(CAUSES)]: how many rows of a document have each."""
+        for name, count in zip(KINDS, kinds.tolist(), strict=True):
             self.kinds[name] += count
             self.rows += count
+        for name, count in zip(CAUSES, causes.tolist(), strict=True):
+            self.causes[name] += count
 
     def report(self) -> dict[str, Any]:
-        """{rows, aligned, share, kinds (shares of rows), empty, mass_kept, mapped_ce}; see `quality`.
+        """{rows, aligned, share, kinds and fallback_causes (shares of rows), and what was measured}; see `quality`.
 
-        The last three are None where nothing was measured.
+        What needs the source's rows is None where there were none.
         """
         aligned = self.rows - self.kinds["fallback"]
         return {
@@ -41,9 +52,13 @@ class Quality:
             "aligned": aligned,
             "share": aligned / self.rows if self.rows else 0.0,
             "kinds": {name: n / self.rows if self.rows else 0.0 for name, n in self.kinds.items()},
+            "fallback_causes": {name: n / self.rows if self.rows else 0.0 for name, n in self.causes.items()},
             "empty": _mean(self.empty),
             "mass_kept": _mean(self.kept),
+            "collisions": {"rows": _mean(self.collision_rows), "mass": _mean(self.collision_mass)},
             "mapped_ce": _mean(self.mapped_ce),
+            "mapped_ce_per_byte": _mean(self.mapped_ce_bytes),
+            "source_ce_per_byte": _mean(self.source_ce_bytes),
         }
 
 
@@ -70,11 +85,20 @@ def quality(
     """The alignment report of one document or of several.
 
     source_rows: for each text the source's rows, one per token of it: ids int[n, k], logprobs float[n, k] (natural
-    logarithms of its true probabilities) and ce float[n]. Returns `Quality.report`: mass_kept is the mean probability
-    that the top-k cut and the token map leave of a row (rows inside a token are left out); mapped_ce is the mean
-    cross-entropy of the mapped distribution, scaled to 1, on the true next target token, over the aligned rows that
-    have one; a probability p counts as 0.98 p + 0.02/V, so that a miss costs a finite sum. Rows of which nothing is
-    left (`empty`: their share of the aligned rows) fall back and are counted so.
+    logarithms of its true probabilities) and ce float[n]. Returns a dict:
+      rows, aligned, share: target rows, those with a source row that says something, and their share;
+      kinds: share of the rows by how they were found; fallback_causes: share of the rows by why they were not (see
+        `fusejax.alignment.causes`; rows of which nothing is left have none);
+      empty: share of the aligned rows of which the token map leaves nothing; they fall back, and count so;
+      mass_kept: mean probability that the top-k cut and the token map leave of a row (rows inside a token left out);
+      collisions: {rows: share of rows where two source tokens meet at one target token, mass: mean probability of the
+        tokens that meet a likelier one}, over the same rows as mass_kept;
+      mapped_ce: mean cross-entropy (nats) of the mapped distribution, scaled to 1, on the true next target token, over
+        the aligned rows that have one; a probability p counts as 0.98 p + 0.02/V, so that a miss costs a finite sum;
+      mapped_ce_per_byte: the same over the bytes of these tokens; source_ce_per_byte: the source's own cross-entropy
+        of the texts over their bytes, its first token left out;
+      top_tokens: the source tokens whose image stands for other bytes, those with the most mass first:
+        [{token, image (None: dropped), mass: mean probability given to it in a row}].
     """
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
     texts = [text] if isinstance(text, str) else list(text)
@@ -85,12 +109,15 @@ def quality(
     chain = GoldChain(source_tok) if gold_chain else None
     total = Quality()
     for one, (target, source), values in zip(texts, tokenized, documents, strict=True):
-        row_map_T2 = map_rows(one.encode(), target, source)
+        data = one.encode()
+        row_map_T2 = map_rows(data, target, source)
         kinds_T = row_kinds(target, source, row_map_T2)
-        empty_T = measure(total, target, source, row_map_T2, table, values, target_tok.vocab_size, chain)
+        gold_T = chain(target.boundaries, row_map_T2, source.ids, source.boundaries, values) if chain else None
+        empty_T = measure(total, target, source, row_map_T2, table, values, target_tok.vocab_size, gold_T)
         kinds_T[empty_T] = KINDS.index("fallback")
-        total.add_kinds(np.bincount(kinds_T, minlength=len(KINDS)))
-    return total.report()
+        causes = fallback_causes(data, target, source, target_tok, source_tok, row_map_T2, rows)
+        total.add_rows(np.bincount(kinds_T, minlength=len(KINDS)), causes)
+    return total.report() | {"top_tokens": top_tokens(total, table, target_tok, source_tok)}
 
 
 def measure(
@@ -101,15 +128,21 @@ def measure(
     table: TokenTable,
     source_rows: Mapping[str, np.ndarray],
     vocab_size: int,
-    chain: GoldChain | None,
+    gold_T: np.ndarray | None,
 ) -> np.ndarray:
-    """Add one document's mass kept and mapped cross-entropy to `total`; returns the rows of which nothing is left."""
+    """Add what the source's rows say of one document to `total`; returns the rows of which nothing is left.
+
+    gold_T: the gold chain's log-probabilities, None without.
+    """
     labelled_T = (row_map_T2[:, 0] >= 0) & (np.arange(len(target.ids)) < len(target.ids) - 1)
     labelled_T &= row_map_T2[:, 0] < len(source.ids) - 1
     t_N = np.flatnonzero(labelled_T)
+    if len(source.ids) > 1:
+        nats = float(np.sum(source_rows["ce"][:-1], dtype=np.float64))
+        total.source_ce_bytes = _plus(total.source_ce_bytes, nats, source.boundaries[-1] - source.boundaries[0])
     if not len(t_N):
         return t_N
-    row_N, consumed_N = row_map_T2[t_N].T
+    row_N, consumed_N = row_map_T2[t_N].astype(np.int64).T
     label_N, source_label_N = target.ids[t_N + 1], source.ids[row_N + 1]
     ids_NK = np.asarray(source_rows["ids"])[row_N].astype(np.int64)
     known_NK = (ids_NK >= 0) & (ids_NK < len(table.ids))
@@ -118,29 +151,85 @@ def measure(
     begun_N = table.prefix_hash[source_label_N, consumed_N]
     follows_NK = table.prefix_hash[ids_NK, consumed_N[:, None]] == begun_N[:, None]
     images_NK = np.where(known_NK & follows_NK, images_NK, -1)
-    probs_NK = np.exp(np.asarray(source_rows["logprobs"])[row_N].astype(np.float64))
-    probs_NK = np.where(images_NK >= 0, probs_NK, 0.0)
+    given_NK = np.where(known_NK, np.exp(np.asarray(source_rows["logprobs"])[row_N].astype(np.float64)), 0.0)
+    probs_NK = np.where(images_NK >= 0, given_NK, 0.0)
     kept_N = probs_NK.sum(-1)
     usable_N = kept_N > 0
-    p_N = np.where(images_NK == label_N[:, None], probs_NK, 0.0).sum(-1)
-    all_N = kept_N
-    if chain is not None:
-        gold_N = np.exp(chain(target.boundaries, row_map_T2, source.ids, source.boundaries, source_rows)[t_N])
-        first_N = table.ids[source_label_N, consumed_N]
-        at_first_N = np.where(images_NK == first_N[:, None], probs_NK, 0.0).sum(-1)
-        moved_N = np.where(first_N == label_N, 0.0, np.minimum(gold_N, at_first_N))
-        added_N = np.where(first_N == label_N, np.maximum(gold_N - at_first_N, 0.0), gold_N)
-        p_N, all_N = p_N + added_N, kept_N + added_N - moved_N
-    share_N = p_N[usable_N] / all_N[usable_N]
-    ce_N = -np.log(0.98 * share_N + 0.02 / vocab_size)
-    total.mapped_ce = _plus(total.mapped_ce, ce_N)
-    total.kept = _plus(total.kept, np.minimum(kept_N[usable_N & (consumed_N == 0)], 1.0))
-    total.empty = _plus(total.empty, ~usable_N)
+    share_N = _share_of_label(images_NK, probs_NK, label_N, table.ids[source_label_N, consumed_N], gold_T, t_N)
+    ce_N = -np.log(0.98 * share_N[usable_N] + 0.02 / vocab_size)
+    total.mapped_ce = _plus(total.mapped_ce, ce_N.sum(), len(ce_N))
+    spans_N = target.boundaries[t_N + 1] - target.boundaries[t_N]
+    total.mapped_ce_bytes = _plus(total.mapped_ce_bytes, ce_N.sum(), spans_N[usable_N].sum())
+    total.empty = _plus(total.empty, (~usable_N).sum(), len(usable_N))
+    whole_N = consumed_N == 0
+    _add_whole_rows(total, ids_NK[whole_N], images_NK[whole_N], given_NK[whole_N], len(table.ids))
+    total.kept = _plus(total.kept, np.minimum(kept_N[whole_N & usable_N], 1.0).sum(), (whole_N & usable_N).sum())
     return t_N[~usable_N]
 
 
-def _plus(pair: tuple[float, int], values: np.ndarray) -> tuple[float, int]:
-    return pair[0] + float(values.sum()), pair[1] + len(values)
+def _share_of_label(
+    images_NK: np.ndarray,
+    probs_NK: np.ndarray,
+    label_N: np.ndarray,
+    first_N: np.ndarray,
+    gold_T: np.ndarray | None,
+    t_N: np.ndarray,
+) -> np.ndarray:
+    """float64[N]: the label's probability in each mapped row, scaled to 1; 0 where the row is empty.
+
+    first_N: image of the source's true next token, from which the gold chain takes.
+    """
+    p_N, all_N = np.where(images_NK == label_N[:, None], probs_NK, 0.0).sum(-1), probs_NK.sum(-1)
+    if gold_T is not None:
+        gold_N = np.exp(gold_T[t_N].astype(np.float64))
+        at_first_N = np.where(images_NK == first_N[:, None], probs_NK, 0.0).sum(-1)
+        moved_N = np.where(first_N == label_N, 0.0, np.minimum(gold_N, at_first_N))
+        added_N = np.where(first_N == label_N, np.maximum(gold_N - at_first_N, 0.0), gold_N)
+        p_N, all_N = p_N + added_N, all_N + added_N - moved_N
+    return p_N / np.where(all_N > 0, all_N, 1.0)
+
+
+def _add_whole_rows(
+    total: Quality, ids_NK: np.ndarray, images_NK: np.ndarray, given_NK: np.ndarray, vocab_size: int
+) -> None:
+    """Collisions, and the mass that each source token gets, of rows that are not inside a token."""
+    order_NK = np.argsort(images_NK, -1, kind="stable")  # of one image the likeliest stays first
+    sorted_NK = np.take_along_axis(images_NK, order_NK, -1)
+    meets_NK = (sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)
+    meeting = np.take_along_axis(given_NK, order_NK, -1)[:, 1:][meets_NK]
+    total.collision_rows = _plus(total.collision_rows, meets_NK.any(-1).sum(), len(ids_NK))
+    total.collision_mass = _plus(total.collision_mass, meeting.sum(), len(ids_NK))
+    mass_V = np.bincount(ids_NK.ravel(), given_NK.ravel(), vocab_size)
+    total.token_mass = mass_V if not len(total.token_mass) else total.token_mass + mass_V
+
+
+def top_tokens(
+    total: Quality, table: TokenTable, target_tok: Tokenizer, source_tok: Tokenizer, n: int = TOP_TOKENS
+) -> list[dict[str, Any]]:
+    """The `top_tokens` of `quality`."""
+    rows = total.collision_mass[1]
+    if not rows:
+        return []
+    found: list[dict[str, Any]] = []
+    for v in np.argsort(-total.token_mass, kind="stable").tolist():
+        if len(found) == n or total.token_mass[v] <= 0:
+            break
+        piece, image = source_tok.canonical_bytes[v], int(table.ids[v, 0])
+        spelled = target_tok.canonical_bytes[image] if image >= 0 else None
+        if image >= 0 and spelled == piece:
+            continue
+        found.append(
+            {
+                "token": source_tok.shown(v),
+                "image": target_tok.shown(image) if image >= 0 else None,
+                "mass": float(total.token_mass[v]) / rows,
+            }
+        )
+    return found
+
+
+def _plus(pair: tuple[float, int], amount: float, count: int) -> tuple[float, int]:
+    return pair[0] + float(amount), pair[1] + int(count)
 
 
 def _mean(pair: tuple[float, int]) -> float | None:

@@ -1,28 +1,32 @@
-"""The stage `align`: row maps of every document and the token map, for each source, from text and tokenizers alone."""
+"""The stage `align`: row maps of every document and the token table, for each source; then its gold chains."""
 
-import io
+import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from fusejax import tokenizers
-from fusejax.alignment.chain import GoldChain
-from fusejax.alignment.quality import KINDS, Quality, measure, row_kinds
+from fusejax import hosts, tokenizers
+from fusejax.alignment import cache
+from fusejax.alignment.causes import fallback_causes
+from fusejax.alignment.chain import GoldChain, pack_chain, unpack_chain
+from fusejax.alignment.quality import KINDS, Quality, measure, row_kinds, top_tokens
 from fusejax.alignment.rows import Tokens, row_mapper
-from fusejax.alignment.tokens import TokenTable, table_columns, token_table
-from fusejax.config import Config
+from fusejax.alignment.tokens import table_columns
+from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
+from fusejax.parallel import run_shards
 from fusejax.progress import progress, say
 from fusejax.source_cache import SourceCache
-from fusejax.store import Store, StoreWriter, fingerprint, read_manifest, write_atomically
-from fusejax.tokenizers import Tokenizer
+from fusejax.store import Inputs, Store, StoreWriter, fingerprint, read_manifest, write_atomically
 
 if TYPE_CHECKING:
     from fusejax import fusion
 
 _TABLE = "token_map.npz"
+_REPORT = "report.json"
 _COUNTED = 4096  # about how many documents the token map `stats` counts in, evenly over the corpus
 _SAMPLE = 256  # about how many documents have their mapped distributions measured, evenly over the corpus
 
@@ -30,15 +34,33 @@ _SAMPLE = 256  # about how many documents have their mapped distributions measur
 def run(config: Config) -> None:
     """Write `alignment/<label>` of every source that is not there yet; a half-done one goes on where it stopped.
 
-    Each is a store in the documents' order with `row_map` int32[n_target, 2] (see `fusejax.alignment.row_map`), a file
-    with the token table, and a summary: rows, aligned, share, kinds, mass_kept, mapped_ce (see `quality`; the last two
-    where the source's cache is there). Raises UserError where a folder was made from another text or tokenizer.
+    Each is a store in the documents' order, of `row_map` int16 or int32 [n_target, 2] (see
+    `fusejax.alignment.row_map`), kinds and causes (see `quality`), with the token table and the report beside it. Where
+    the source's cache is there and alignment.gold_chain is set, `chain` in it is a store of the gold chains (see
+    `chain.pack_chain`). Raises UserError where a folder was made from another text or tokenizer.
+
+    Documents are spread over processes and, under jax.distributed, over hosts that share the folder; the result does
+    not depend on how many there are.
     """
-    target = tokenizers.for_model(config.target)
-    documents = Store(config.folder / "data/train/documents")
     for source in config.sources:
-        folder = config.folder / "alignment" / source.label
-        _Pair(config, folder, documents, target, tokenizers.for_model(source), source.label).run()
+        pair = Pair(config, source)
+        made = pair.make_row_maps()
+        made |= pair.make_chains()
+        made |= pair.make_report()
+        report = read_report(config.folder, source.label)
+        done = f"{report['share']:.1%} of {report['rows']} rows aligned" if made else "done before, skipped"
+        say(f"align {source.label}: {done}")
+
+
+def read_report(folder: Path, label: str) -> dict[str, Any]:
+    """What the stage says of a source's alignment in the output folder `folder`: see `fusejax.alignment.quality`."""
+    path = folder / "alignment" / label / _REPORT
+    try:
+        return json.loads(path.read_text("utf-8"))["report"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no alignment report here; run the stage `align` first") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it and run the stage `align` again") from None
 
 
 def load_token_table(folder: str | Path) -> "fusion.TokenTable":
@@ -47,87 +69,180 @@ def load_token_table(folder: str | Path) -> "fusion.TokenTable":
 
     path = Path(folder) / _TABLE
     try:
-        with np.load(path, allow_pickle=False) as table:
-            return fusion.TokenTable(table["ids"], table["prefix_hash"])
+        table = cache.unpack(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no token map here; run the stage `align` first") from None
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except cache.DAMAGED as error:
         raise UserError(f"{path}: cannot be read ({error}); remove {folder} and run the stage `align` again") from None
+    return fusion.TokenTable(*map(np.asarray, table))
 
 
-class _Pair:
-    """The target's tokenizer and one source's."""
+class Chains:
+    """The gold chains of one source, as the stage left them."""
 
-    def __init__(
-        self, config: Config, folder: Path, documents: Store, target: Tokenizer, source: Tokenizer, label: str
-    ) -> None:
-        self._config, self._folder, self._documents, self._label = config, folder, documents, label
-        self._target, self._source = target, source
+    def __init__(self, config: Config, label: str) -> None:
+        """Raises UserError where they are missing or were made from another cache of the source."""
+        folder = config.folder / "alignment" / label / "chain"
+        manifest = read_manifest(folder)
+        cached = Store(config.folder / "sources" / label).inputs
+        if manifest is None or not manifest["complete"] or manifest["inputs"].get("cache") != fingerprint(cached):
+            raise UserError(f"{folder}: the gold chains are not made from this cache; run the stage `align` again")
+        self._store = Store(folder)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """Document i's, packed: see `chain.unpack_chain`."""
+        return self._store[i]
+
+
+class Pair:
+    """One source's alignment with the target, over all documents."""
+
+    def __init__(self, config: Config, source: ModelConfig) -> None:
+        self._config, self._model, self._label = config, source, source.label
+        self._folder = config.folder / "alignment" / source.label
+        self._target, self._source = tokenizers.for_model(config.target), tokenizers.for_model(source)
+        self._same = self._target.text_fingerprint == self._source.text_fingerprint
+        self._documents = Store(config.folder / "data/train/documents")
         tokens = config.folder / "data/train/tokens"
-        self._target_tokens = Store(tokens / target.fingerprint)
-        self._source_tokens = Store(tokens / source.fingerprint)
-        self._same = target.text_fingerprint == source.text_fingerprint
+        self._target_tokens = Store(tokens / self._target.fingerprint)
+        self._source_tokens = Store(tokens / self._source.fingerprint)
 
-    def run(self) -> None:
-        inputs = {
+    def make_row_maps(self) -> bool:
+        """The store of row maps and the token table beside it; whether there was anything to do."""
+        inputs = self._inputs() | {"tokens": self._config.alignment.tokens}
+        return self._make("", self._folder, inputs, _RowMaps, table=True)
+
+    def make_chains(self) -> bool:
+        """The store of gold chains; whether there was anything to do. Nothing where there is no cache to make it of."""
+        cached = self._cache()
+        if cached is None or not self._config.alignment.gold_chain:
+            return False
+        folder = self._folder / "chain"
+        inputs = self._inputs() | {"cache": fingerprint(cached.inputs)}
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest["inputs"] != inputs and hosts.index_and_count()[0] == 0:
+            shutil.rmtree(folder)  # the cache was made anew
+        hosts.wait_for_all(f"align {self._label}: old chains removed")
+        return self._make(": gold chains", folder, inputs, _Chains)
+
+    def _make(self, what: str, folder: Path, inputs: Inputs, kind: "type[_Shards]", table: bool = False) -> bool:
+        writer = StoreWriter(folder, inputs, len(self._documents))
+        if writer.done and (not table or (folder / _TABLE).exists()):
+            return False
+        if table and hosts.index_and_count()[0] == 0:
+            self._write_table()  # first, so that a complete store always has one beside it
+        title = f"align {self._label}{what}"
+        maker = partial(kind, self._config, self._model, folder, inputs)
+        run_shards(title, maker, hosts.own(writer.missing()), self._config.alignment.workers)
+        hosts.wait_for_all(title)
+        if hosts.index_and_count()[0] == 0:
+            writer.finish({})
+        hosts.wait_for_all(f"{title}: finished")
+        return True
+
+    def make_report(self) -> bool:
+        """The report beside the row maps, where what it is made from has changed; whether there was anything to do."""
+        cached = self._cache()
+        made_from = {
+            "row_maps": fingerprint(Store(self._folder).inputs),
+            "cache": None if cached is None else fingerprint(cached.inputs),
+            "gold_chain": self._config.alignment.gold_chain,
+        }
+        path = self._folder / _REPORT
+        try:
+            if json.loads(path.read_text("utf-8"))["made_from"] == made_from:
+                return False
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or a damaged one
+        if hosts.index_and_count()[0] == 0:
+            report = {"made_from": made_from, "report": self._report(cached)}
+            write_atomically(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        hosts.wait_for_all(f"align {self._label}: report")
+        return True
+
+    def _inputs(self) -> dict[str, str]:
+        return {
             "text": fingerprint(self._documents.inputs),
             "target_tokenizer": self._target.fingerprint,
             "source_tokenizer": self._source.fingerprint,
             "rows": self._config.alignment.rows,
-            "tokens": self._config.alignment.tokens,
         }
-        writer = StoreWriter(self._folder, inputs, len(self._documents))
-        if writer.done and writer.summary and (self._folder / _TABLE).exists():
-            say(f"align {self._label}: done before, skipped")
-            return
-        table = self._write_table()
-        self._map_rows = row_mapper(self._target, self._source, self._config.alignment.rows)
-        missing = writer.missing()
-        with progress(f"align {self._label}", sum(len(span) for _, span in missing)) as bar:
-            for shard, span in missing:
-                writer.write(shard, [self._record(i) for i in span])
-                bar.advance(len(span))
-        writer.finish({})
-        report = self._report(table)
-        writer.finish(report)
-        say(f"align {self._label}: {report['share']:.1%} of {report['rows']} rows aligned")
 
-    def _write_table(self) -> TokenTable:
-        """The token table goes first, so that a complete store always has one beside it."""
+    def _cache(self) -> SourceCache | None:
+        """The source's cache, where it is complete."""
+        folder = self._config.folder / "sources" / self._label
+        return SourceCache(folder) if (read_manifest(folder) or {}).get("complete") else None
+
+    def _write_table(self) -> None:
         columns = 1 if self._same else table_columns(self._source, self._config.alignment.rows)
-        sample = None
-        if self._config.alignment.tokens == "stats":
+        method, sample = self._config.alignment.tokens, None
+        if method == "stats":
             every = -(-len(self._documents) // _COUNTED)
             sample = (self._tokens(i) for i in range(0, len(self._documents), every))
-        table = token_table(self._target, self._source, self._config.alignment.tokens, columns, sample)
-        buffer = io.BytesIO()
-        np.savez(buffer, ids=table.ids, prefix_hash=table.prefix_hash)
-        write_atomically(self._folder / _TABLE, buffer.getvalue())
-        return table
+        table = cache.token_table(self._target, self._source, method, columns, sample)
+        write_atomically(self._folder / _TABLE, cache.pack(table))
 
     def _tokens(self, i: int) -> tuple[Tokens, Tokens]:
         target, source = self._target_tokens[i], self._source_tokens[i]
         return Tokens(target["ids"], target["boundaries"]), Tokens(source["ids"], source["boundaries"])
 
-    def _record(self, i: int) -> dict[str, np.ndarray]:
-        target, source = self._tokens(i)
-        row_map_T2 = self._map_rows(self._documents[i]["text"].encode("utf-8"), target, source)
-        kinds = np.bincount(row_kinds(target, source, row_map_T2), minlength=len(KINDS))
-        return {"row_map": row_map_T2, "kinds": kinds.astype(np.int32)}
-
-    def _report(self, table: TokenTable) -> dict[str, Any]:
-        """The summary; what needs the source's rows is measured on a sample, where its cache is there."""
-        total = Quality()
-        cache_folder = self._config.folder / "sources" / self._label
-        cached = (read_manifest(cache_folder) or {}).get("complete", False)
-        cache = SourceCache(cache_folder) if cached else None
-        chain = GoldChain(self._source) if self._config.alignment.gold_chain else None
+    def _report(self, cached: SourceCache | None) -> dict[str, Any]:
+        """Rows of all documents; what needs the source's rows is measured on a sample, where its cache is there."""
+        total, table = Quality(), cache.unpack((self._folder / _TABLE).read_bytes())
+        chains = Chains(self._config, self._label) if cached and self._config.alignment.gold_chain else None
         every = -(-len(self._documents) // _SAMPLE)
-        for i, record in enumerate(Store(self._folder)):
-            total.add_kinds(record["kinds"])
-            if cache is not None and i % every == 0:
-                target, source = self._tokens(i)
-                rows = cache[i]
-                if len(rows["ce"]):  # else the source gave no numbers there
-                    measure(total, target, source, record["row_map"], table, rows, self._target.vocab_size, chain)
-        return total.report()
+        with progress(f"align {self._label}: report", len(self._documents)) as bar:
+            for i, record in enumerate(Store(self._folder)):
+                bar.advance()
+                total.add_rows(record["kinds"], record["causes"])
+                if cached is None or i % every:
+                    continue
+                values, row_map_T2 = cached[i], record["row_map"]
+                if not len(values["ce"]):  # the source gave no numbers there
+                    continue
+                gold_T = None if chains is None else unpack_chain(chains[i], row_map_T2, values["ce"])
+                measure(total, *self._tokens(i), row_map_T2, table, values, self._target.vocab_size, gold_T)
+        return total.report() | {"top_tokens": top_tokens(total, table, self._target, self._source)}
+
+
+class _Shards(Pair):
+    """Makes shards of one of a pair's stores, in any process."""
+
+    def __init__(self, config: Config, source: ModelConfig, folder: Path, inputs: Inputs) -> None:
+        super().__init__(config, source)
+        self._writer = StoreWriter(folder, inputs, len(self._documents))
+
+    def __call__(self, shard: int, span: range) -> None:
+        self._writer.write(shard, [self.record(i) for i in span])
+
+    def record(self, i: int) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+
+class _RowMaps(_Shards):
+    def __init__(self, config: Config, source: ModelConfig, folder: Path, inputs: Inputs) -> None:
+        super().__init__(config, source, folder, inputs)
+        self._map_rows = row_mapper(self._target, self._source, config.alignment.rows)
+
+    def record(self, i: int) -> dict[str, np.ndarray]:
+        target, source = self._tokens(i)
+        data, rows = self._documents[i]["text"].encode("utf-8"), self._config.alignment.rows
+        row_map_T2 = self._map_rows(data, target, source)
+        kinds = np.bincount(row_kinds(target, source, row_map_T2), minlength=len(KINDS))
+        causes = fallback_causes(data, target, source, self._target, self._source, row_map_T2, rows)
+        dtype = np.int16 if len(source.ids) <= np.iinfo(np.int16).max else np.int32
+        return {"row_map": row_map_T2.astype(dtype), "kinds": kinds.astype(np.int32), "causes": causes}
+
+
+class _Chains(_Shards):
+    def __init__(self, config: Config, source: ModelConfig, folder: Path, inputs: Inputs) -> None:
+        super().__init__(config, source, folder, inputs)
+        self._row_maps, self._rows = Store(self._folder), SourceCache(config.folder / "sources" / source.label)
+        self._chain = GoldChain(self._source)
+
+    def record(self, i: int) -> dict[str, np.ndarray]:
+        (target, source), row_map_T2, rows = self._tokens(i), self._row_maps[i]["row_map"], self._rows[i]
+        if not len(rows["ce"]):  # the source gave no numbers there
+            return {"rows": np.zeros(0, np.uint16), "values": np.zeros(0, np.float32)}
+        gold_T = self._chain(target.boundaries, row_map_T2, source.ids, source.boundaries, rows)
+        return pack_chain(gold_T, row_map_T2, rows["ce"])

@@ -9,8 +9,8 @@ from fusejax import models, store, tokenizers
 from fusejax.config import Config
 from fusejax.errors import UserError
 
-# Keys that change a result by rounding alone: a run may go on with others.
-_WITHIN_ROUNDING = (("batch", "microbatch"),)
+# Keys that change a result by rounding at most: a run may go on with others.
+_WITHIN_ROUNDING = (("batch", "microbatch"), ("alignment", "workers"))
 
 
 def runs(config: Config) -> list[str]:

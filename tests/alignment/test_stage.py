@@ -1,18 +1,36 @@
 """The stage `align` over prepared documents."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from tokenizer_zoo import TEXTS, hf, tokenizer
 
-from fusejax import alignment, config, corpus
-from fusejax.alignment import load_token_table, quality, row_map, token_map, token_table
+from fusejax import alignment, config, corpus, parallel
+from fusejax.alignment import (
+    Chains,
+    GoldChain,
+    cache,
+    load_token_table,
+    quality,
+    read_report,
+    row_map,
+    token_map,
+    token_table,
+)
+from fusejax.alignment.chain import unpack_chain
+from fusejax.alignment.quality import KINDS
 from fusejax.alignment.tokens import table_columns
 from fusejax.errors import UserError
 from fusejax.store import Store, StoreWriter
 
 TOP_K = 4
+SEED = 3
 
 
 @pytest.fixture
@@ -39,11 +57,11 @@ def make_job(tmp_path):
     return make
 
 
-def write_cache(job, label, name):
+def write_cache(job, label, name, made="up"):
     """A made-up cache of a source, as the stage `sources` leaves it."""
-    tok, rng = tokenizer(name), np.random.default_rng(3)
+    tok, rng = tokenizer(name), np.random.default_rng(SEED)
     tokens = Store(job.folder / "data/train/tokens" / tok.fingerprint)
-    writer = StoreWriter(job.folder / "sources" / label, {"made": "up"}, len(tokens))
+    writer = StoreWriter(job.folder / "sources" / label, {"made": made}, len(tokens), len(tokens))
     rows = []
     for record in tokens:
         n = len(record["ids"])
@@ -66,10 +84,12 @@ def test_row_maps_and_token_tables_are_those_of_the_functions(make_job):
         store = Store(job.folder / "alignment" / label)
         for record, document in zip(store, documents, strict=True):
             assert (record["row_map"] == row_map(document["text"], target, tok)).all()
-        assert store.summary["rows"] == sum(len(record["row_map"]) for record in store)
-        assert store.summary["aligned"] == sum((record["row_map"][:, 0] >= 0).sum() for record in store)
-        assert store.summary["mapped_ce"] is None  # no cache was there
-    assert Store(job.folder / "alignment/itself").summary["share"] == 1
+        report = read_report(job.folder, label)
+        assert report["rows"] == sum(len(record["row_map"]) for record in store)
+        assert report["aligned"] == sum((record["row_map"][:, 0] >= 0).sum() for record in store)
+        assert sum(report["fallback_causes"].values()) == pytest.approx(report["kinds"][KINDS[-1]])
+        assert report["mapped_ce"] is None  # no cache was there
+    assert read_report(job.folder, "itself")["share"] == 1
     table = load_token_table(job.folder / "alignment/other")
     expected = token_table(target, source, "prefix", table_columns(source, "inside"))
     assert (table.ids == expected.ids).all()
@@ -87,7 +107,7 @@ def test_the_papers_methods(make_job, rows, tokens):
         assert (record["row_map"] == row_map(text, target, source, rows)).all()
     table = load_token_table(job.folder / "alignment/other")
     assert (table.ids[:, 0] == token_map(target, source, tokens, texts)).all()
-    assert Store(job.folder / "alignment/itself").summary["share"] == 1
+    assert read_report(job.folder, "itself")["share"] == 1
 
 
 def test_summary_measures_the_sources_rows(make_job):
@@ -96,10 +116,145 @@ def test_summary_measures_the_sources_rows(make_job):
     alignment.run(job)
     texts = [record["text"] for record in Store(job.folder / "data/train/documents")]
     expected = quality(rows, texts, tokenizer("sentencepiece"), tokenizer("byte-level"))
-    summary = Store(job.folder / "alignment/other").summary
-    assert summary["mass_kept"] == pytest.approx(expected["mass_kept"])
-    assert summary["mapped_ce"] == pytest.approx(expected["mapped_ce"])
-    assert 0 < summary["mass_kept"] < 1
+    report = read_report(job.folder, "other")
+    for key in ("mass_kept", "mapped_ce", "mapped_ce_per_byte", "source_ce_per_byte", "empty"):
+        assert report[key] == pytest.approx(expected[key])
+    assert report["collisions"] == pytest.approx(expected["collisions"])
+    assert [row["token"] for row in report["top_tokens"]] == [row["token"] for row in expected["top_tokens"]]
+    assert 0 < report["mass_kept"] < 1
+
+
+def test_the_report_follows_the_gold_chain_and_the_cache(make_job):
+    job = make_job()
+    alignment.run(job)
+    assert read_report(job.folder, "other")["mapped_ce"] is None
+    rows = write_cache(job, "other", "byte-level")
+    texts = [record["text"] for record in Store(job.folder / "data/train/documents")]
+    measured = set()
+    for gold_chain in (True, False, True):
+        job = make_job(alignment={"gold_chain": gold_chain})
+        alignment.run(job)
+        expected = quality(rows, texts, tokenizer("sentencepiece"), tokenizer("byte-level"), gold_chain=gold_chain)[
+            "mapped_ce"
+        ]
+        assert read_report(job.folder, "other")["mapped_ce"] == pytest.approx(expected)
+        measured.add(round(expected, 6))
+    assert len(measured) == 2
+
+
+def test_chains_are_those_of_the_function_and_follow_the_cache(make_job, monkeypatch):
+    job = make_job()
+    for made, seed in (("up", 3), ("again", 4)):
+        monkeypatch.setattr(sys.modules[__name__], "SEED", seed)
+        shutil.rmtree(job.folder / "sources", ignore_errors=True)
+        rows = write_cache(job, "other", "byte-level", made)
+        if made == "again":
+            with pytest.raises(UserError, match="run the stage `align` again"):
+                Chains(job, "other")
+        alignment.run(job)
+        chains, maps = Chains(job, "other"), Store(job.folder / "alignment/other")
+        target = Store(job.folder / "data/train/tokens" / tokenizer("sentencepiece").fingerprint)
+        source = Store(job.folder / "data/train/tokens" / tokenizer("byte-level").fingerprint)
+        chain, several = GoldChain(tokenizer("byte-level")), 0
+        for i, values in enumerate(rows):
+            row_map_T2 = maps[i]["row_map"]
+            expected = chain(target[i]["boundaries"], row_map_T2, source[i]["ids"], source[i]["boundaries"], values)
+            assert (unpack_chain(chains[i], row_map_T2, values["ce"]) == expected).all()
+            several += len(chains[i]["rows"])
+        assert several
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def many_documents(tmp_path, make_job):
+    """Enough documents for several shards, with one source's cache."""
+    lines = [TEXTS[i % 3][i % 7 :] + f" {i}" for i in range(200)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+    def make(output):
+        job = make_job(corpus={"path": str(tmp_path / "many.jsonl")}, output=str(tmp_path / output))
+        write_cache(job, "other", "byte-level")
+        return job
+
+    return make
+
+
+def test_processes_make_the_same_bytes(many_documents, monkeypatch):
+    one, two = many_documents("one"), many_documents("two")
+    alignment.run(config.validate(one.model_dump() | {"alignment": {"workers": 1}}))
+    monkeypatch.setattr(parallel, "_PAYS_S", -1.0)
+    alignment.run(config.validate(two.model_dump() | {"alignment": {"workers": 2}}))
+    a, b = files(one.folder / "alignment"), files(two.folder / "alignment")
+    assert len([path for path in a if path.suffix == ".array_record"]) == 12
+    assert a == b
+
+
+_HOST = """
+import sys
+import jax
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
+from fusejax import alignment, config
+alignment.run(config.load(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_hosts_make_the_same_bytes(many_documents, tmp_path):
+    one, two = many_documents("one"), many_documents("two")
+    alignment.run(one)
+    (tmp_path / "two.yaml").write_text(config.dump(two))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    hosts = [
+        subprocess.Popen([sys.executable, "-c", _HOST, str(tmp_path / "two.yaml"), str(port), str(i)], env=environment)
+        for i in range(2)
+    ]
+    assert [host.wait(timeout=300) for host in hosts] == [0, 0]
+    assert files(one.folder / "alignment") == files(two.folder / "alignment")
+
+
+def test_a_process_that_dies_is_said(many_documents, monkeypatch):
+    job = many_documents("dying")
+    monkeypatch.setattr(parallel, "_PAYS_S", -1.0)
+    monkeypatch.setattr(parallel, "_open", os._exit)
+    with pytest.raises(UserError, match="workers=1"):
+        alignment.run(job)
+
+
+def test_token_tables_are_kept_between_jobs(make_job, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = []
+    monkeypatch.setattr(cache.tokens, "token_table", lambda *args: made.append(args) or token_table(*args))
+    alignment.run(make_job())
+    assert len(made) == 2
+    alignment.run(make_job(output=str(tmp_path / "another")))
+    assert len(made) == 2
+    kept = sorted(cache.folder().iterdir())
+    assert [path.suffix for path in kept] == [".npz"] * 2
+    whole = [path.read_bytes() for path in kept]
+    for damaged in (whole[0][:-40], whole[0][:100] + bytes(8) + whole[0][108:], b"", whole[0] + b"x" * 30):
+        kept[0].write_bytes(damaged)
+        alignment.run(make_job(output=str(tmp_path / f"damaged{len(damaged)}{damaged[100:101].hex()}")))
+        assert kept[0].read_bytes() == whole[0] or damaged.startswith(
+            whole[0]
+        )  # what follows a whole table does no harm
+    expected = token_table(
+        tokenizer("sentencepiece"), tokenizer("byte-level"), "prefix", table_columns(tokenizer("byte-level"), "inside")
+    )
+    for job in tmp_path.glob("damaged*"):
+        assert (load_token_table(job / "alignment/other").ids == expected.ids).all()
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(make_job, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    alignment.run(make_job())
+    assert "the token table is not kept" in capfd.readouterr().err
 
 
 def test_again_does_nothing_and_says_so(make_job, capfd):
@@ -112,7 +267,7 @@ def test_again_does_nothing_and_says_so(make_job, capfd):
     assert files == {path: path.stat().st_mtime_ns for path in (job.folder / "alignment").rglob("*")}
 
 
-@pytest.mark.parametrize("at", ["write", "finish", "table"])
+@pytest.mark.parametrize("at", ["write", "finish", "table", "report"])
 def test_goes_on_after_an_interruption(make_job, monkeypatch, at):
     whole = make_job()
     alignment.run(whole)
@@ -125,19 +280,22 @@ def test_goes_on_after_an_interruption(make_job, monkeypatch, at):
         raise Killed
 
     with monkeypatch.context() as patch:
-        if at == "table":
-            patch.setattr("fusejax.alignment.stage.write_atomically", die)
-        else:  # `finish` is called twice: killed between the last shard and the summary
-            method = getattr(StoreWriter, at)
-            patch.setattr(StoreWriter, at, lambda self, *args: die() if args[-1] else method(self, *args))
+        if at in ("table", "report"):
+            name = {"table": "token_map.npz", "report": "report.json"}[at]
+            whole_write = alignment.stage.write_atomically
+            patch.setattr(
+                alignment.stage,
+                "write_atomically",
+                lambda path, data: die() if path.name == name else whole_write(path, data),
+            )
+        else:
+            patch.setattr(StoreWriter, at, die)
         with pytest.raises(Killed):
             alignment.run(job)
     alignment.run(job)
     for label in ("other", "itself"):
-        a, b = (Store(each.folder / "alignment" / label) for each in (whole, job))
-        assert a.summary == b.summary
-        assert a.summary["rows"] > 0
-        assert all((one["row_map"] == two["row_map"]).all() for one, two in zip(a, b, strict=True))
+        assert len(Store(job.folder / "alignment" / label)) == 3
+    assert files(whole.folder / "alignment") == files(job.folder / "alignment")
 
 
 def test_another_method_or_tokenizer_is_refused_and_named(make_job, tmp_path):
