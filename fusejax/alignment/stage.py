@@ -74,7 +74,7 @@ def load_token_table(folder: str | Path) -> "fusion.TokenTable":
         raise UserError(f"{path}: no token map here; run the stage `align` first") from None
     except cache.DAMAGED as error:
         raise UserError(f"{path}: cannot be read ({error}); remove {folder} and run the stage `align` again") from None
-    return fusion.TokenTable(*map(np.asarray, table))
+    return fusion.TokenTable(table.ids, table.prefix_hash)  # type: ignore[arg-type]
 
 
 class Chains:
