@@ -47,7 +47,7 @@ def token_counts(tokens: Store) -> np.ndarray:
 class Batches:
     """The batches of a job.
 
-    A batch is a dict of arrays; B = batch.sequences, L = max_length, S sources, K = cache.top_k:
+    A batch is a dict of arrays; B = batch.sequences, L = max_length, S sources, K the widest source's top-k:
       ids, segment_ids, positions int32 [B, L]: documents (text tokens and EOS; BOS in front where the target was
         trained with one), segment 0 = padding, positions restart with each document;
       labels int32 [B, L]: the document's next token, −1 where there is none.
@@ -142,11 +142,12 @@ class Batches:
         return self._packings[epoch].sequence(i - self._first_sequence[epoch])
 
     def _empty(self, B: int) -> Arrays:
-        L, S, K = self._config.max_length, len(self._sources), self._config.cache.top_k
+        L, S = self._config.max_length, len(self._sources)
         out = {name: np.zeros((B, L), np.int32) for name in ("ids", "segment_ids", "positions")}
         out["labels"] = np.full((B, L), -1, np.int32)
         if not S:
             return out
+        K = max(source.width for source in self._sources)
         out["source_ids"] = np.full((B, L, S, K), -1, np.int32)
         out["source_logprobs"] = np.zeros((B, L, S, K), np.float32)
         out["source_valid"] = np.zeros((B, L, S), bool)
@@ -173,7 +174,7 @@ class Batches:
         text = slice(at + int(self._tokenizer.adds_bos), at + n)
         for s, source in enumerate(self._sources):
             for name, array in source.rows(document, record).items():
-                out[name][b, text, s] = array
+                out[name][(b, text, s) if array.ndim == 1 else (b, text, s, slice(source.width))] = array
         return span.stop - span.start
 
 
@@ -197,7 +198,7 @@ class _Source:
     """One source's stores, and its rows brought to the target's positions."""
 
     def __init__(self, config: Config, source: ModelConfig) -> None:
-        self._config, self.label = config, source.label
+        self._config, self.label, self.width = config, source.label, sources.width(config, source)
         self._tokenizer = tokenizers.for_model(source)
         self._tokens = _tokens(config, self._tokenizer)
         self._cache = SourceCache(config.folder / "sources" / source.label)

@@ -31,6 +31,7 @@ class ModelConfig(Section):
     name: str = ""  # how reports call it; default: the last part of `model`
     revision: str | None = None
     bos: Literal["auto", "never"] = "auto"  # auto: BOS before each document where the model's tokenizer puts one
+    top_k: int | None = Field(None, ge=1, le=1024)  # of a source, instead of cache.top_k
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from fusejax import tokenizers
@@ -16,6 +17,7 @@ from fusejax.config import Config, ModelConfig
 from fusejax.corpus import local_size, read_documents
 from fusejax.errors import UserError
 from fusejax.progress import console, say
+from fusejax.sources import width
 
 BYTES_PER_TOKEN = 4.0  # of text, in a tokenizer that is not on this machine
 _SAMPLE = 100  # documents
@@ -92,11 +94,9 @@ def show(config: Config) -> None:
         tokens * (4 + 8 * (1 + len(sources))),
     )
     for source, size in sources:
-        per_row = (
-            config.cache.top_k * ((2 if size.vocab <= 65536 else 4) + (2 if config.cache.values == "float16" else 4))
-            + 4
-        )
-        work = f"{_number(size.parameters)} parameters (by {size.known_by}), top-{config.cache.top_k}"
+        k = width(config, source)
+        per_row = k * ((2 if size.vocab <= 65536 else 4) + np.dtype(config.cache.values).itemsize) + 4
+        work = f"{_number(size.parameters)} parameters (by {size.known_by}), top-{k}"
         row(f"source {source.label}", work, tokens * per_row)
     for source, _ in sources:
         row(

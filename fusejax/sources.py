@@ -52,11 +52,16 @@ def inputs(config: Config, source: ModelConfig, tokenizer: Tokenizer) -> dict[st
     return {
         "text": fingerprint(documents.inputs),
         "tokenizer": tokenizer.fingerprint,
-        "top_k": config.cache.top_k,
+        "top_k": width(config, source),
         "values": config.cache.values,
         "max_length": config.max_length,
         "compute": config.precision.compute,
     }
+
+
+def width(config: Config, source: ModelConfig) -> int:
+    """Entries of each of a source's rows."""
+    return source.top_k or config.cache.top_k
 
 
 def _cache(config: Config, source: ModelConfig) -> None:
@@ -103,24 +108,39 @@ def _run_model(
     writer: StoreWriter,
     todo: list[tuple[int, range]],
 ) -> None:
-    """Load the model and write the shards `todo`, each on a thread while the device is at the next."""
+    """Load the model and write the shards `todo`."""
     mesh = sharding.make_mesh(config.mesh)
     compute = jnp.dtype(config.precision.compute)
     model = models.load(source.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=source.revision)
-    rows = model.config.vocab_size
-    check_fits(tokenizer, rows, source.model)
-    known = min(rows, tokenizer.vocab_size)
-    if config.cache.top_k > known:
-        raise UserError(f"cache.top_k: {config.cache.top_k} is more than the {known} tokens of {source.model}")
+    check_fits(tokenizer, model.config.vocab_size, source.model)
+    known = min(model.config.vocab_size, tokenizer.vocab_size)
+    top_k = width(config, source)
+    if top_k > known:
+        raise UserError(f"cache.top_k: {top_k} is more than the {known} tokens of {source.model}")
     scorer = Scorer(
         model,
-        k=config.cache.top_k,
+        k=top_k,
         vocab_size=known,
         max_length=config.max_length,
         batch_tokens=config.cache.batch_tokens,
         mesh=mesh,
     )
     documents = Store(config.folder / "data/train/documents")
+    write_rows(scorer, tokenizer, tokens, writer, todo, known, config.cache.values, source, documents)
+
+
+def write_rows(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    tokens: Store,
+    writer: StoreWriter,
+    todo: list[tuple[int, range]],
+    vocab_size: int,
+    values: Values,
+    source: ModelConfig,
+    documents: Store,
+) -> None:
+    """The scores of the shards `todo`, each written on a thread while the device is at the next."""
     front = int(tokenizer.adds_bos)
     started, n_tokens = time.monotonic(), 0
     with (
@@ -135,7 +155,7 @@ def _run_model(
             for _, places, all_scores in results:
                 for place, scores in zip(places, all_scores, strict=True):
                     text_rows = Scores(*(array[front:] for array in scores))
-                    records[place] = note.record(span[place], text_rows, known, config.cache.values)
+                    records[place] = note.record(span[place], text_rows, vocab_size, values)
                     n_tokens += len(text_rows.ce)
                 bar.advance(len(places), f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
             writes.append(pool.submit(writer.write, shard, records, note.finish(documents, source)))

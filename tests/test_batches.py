@@ -268,3 +268,19 @@ def test_bos_is_left_out_where_the_configuration_says_so(make_job, tiny_models):
     assert with_bos.adds_bos
     assert not without.adds_bos
     assert with_bos.fingerprint != without.fingerprint
+
+
+def test_sources_of_different_widths(make_ready, make_job):
+    """A narrower source's rows are padded with empty entries."""
+    wide = make_ready(cache={"top_k": 5})
+    models = [source.model_dump() for source in wide.sources]
+    models[1]["top_k"] = 2
+    mixed = make_job("mixed", sources=models, cache={"top_k": 5})
+    for stage in (sources.run, alignment.run):
+        stage(mixed)
+    assert Store(mixed.folder / "sources/fine")[0]["ids"].shape[1] == 2
+    for (_, a), (_, b) in zip(Batches(wide).iterate(), Batches(mixed).iterate(), strict=True):
+        np.testing.assert_array_equal(a["source_ids"][..., 0, :], b["source_ids"][..., 0, :])
+        np.testing.assert_array_equal(a["source_ids"][..., 1, :2], b["source_ids"][..., 1, :2])
+        np.testing.assert_array_equal(a["source_logprobs"][..., 1, :2], b["source_logprobs"][..., 1, :2])
+        assert (b["source_ids"][..., 1, 2:] == -1).all()

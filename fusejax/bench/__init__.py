@@ -22,6 +22,7 @@ from fusejax.errors import UserError
 # WHAT → (module, one line of help).
 BENCHES = {
     "loss": ("fusejax.bench.loss", "the fused loss, forward and backward, against plain and dense cross-entropies"),
+    "sources": ("fusejax.bench.sources", "filling a source's cache, against its bare forward pass and torch's"),
 }
 
 
