@@ -104,7 +104,15 @@ def _forward(
     """(ids, log-probabilities, CE) of a batch. Models of the same structure share the compiled program."""
     decoder = nnx.merge(structure, state)
     hidden_BLD = decoder.hidden(ids_BL)
-    out = topk_unembed(hidden_BLD, decoder.unembedding(), labels_BL, k=k, vocab_size=vocab_size, placement=placement)
+    out = topk_unembed(
+        hidden_BLD,
+        decoder.unembedding(),
+        labels_BL,
+        k=k,
+        vocab_size=vocab_size,
+        logit_cap=decoder.config.logit_softcap,
+        placement=placement,
+    )
     return out.ids, out.logprobs, out.ce
 
 

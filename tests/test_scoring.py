@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,13 @@ from fusejax.errors import UserError
 V, D = 50, 8
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a scorer asks of a model's configuration."""
+
+    logit_softcap: float | None = None
+
+
 class RunningMean(nnx.Module):
     """The smallest causal model: the state of a token is the mean embedding so far."""
 
@@ -21,6 +29,7 @@ class RunningMean(nnx.Module):
         keys = jax.random.split(jax.random.key(seed))
         self.embedding = nnx.Param(jax.random.normal(keys[0], (V, D)))
         self.output = nnx.Param(jax.random.normal(keys[1], (D, V)))
+        self.config = Settings()
 
     def hidden(self, ids_BL):
         count = jnp.arange(1, ids_BL.shape[1] + 1)[None, :, None]

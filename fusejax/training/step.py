@@ -101,9 +101,9 @@ def batch_sums(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(Σ loss over the labelled tokens, sums for the metrics), float32; sums of microbatches add up. See `means`."""
     hidden_BLD = model.hidden(batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-    labels_BL = batch["labels"]
+    labels_BL, logit_cap = batch["labels"], model.config.logit_softcap
     if not tables:
-        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, mesh=mesh)
+        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, logit_cap=logit_cap, mesh=mesh)
         return sums.total, {"loss": sums}
     fused = fuse_batch(config, batch, tables, model.config.vocab_size)
     sums = loss.fusion_loss(
@@ -116,6 +116,7 @@ def batch_sums(
         kind=config.loss.kind,
         temperature=config.loss.temperature,
         tail=config.loss.tail,
+        logit_cap=logit_cap,
         mesh=mesh,
     )
     return sums.total, {"loss": sums, "rows": fusion.fusion_sums(fused, labels_BL >= 0)}

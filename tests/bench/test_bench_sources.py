@@ -11,10 +11,8 @@ def test_every_rate_and_the_disk_are_there(tmp_path, tiny_models, capsys, extra)
         pytest.importorskip("torch")
     path, corpus = tmp_path / "bench.json", tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": "the cat sat on the mat. " * i}) + "\n" for i in range(1, 5)))
-    cli.main(
-        ["bench", "sources", tiny_models["coarse"], "--corpus", str(corpus), "--documents", "3", "--max-length", "64"]
-        + ["--repeats", "2", "--top-k", "3", "--json", str(path), *extra]
-    )
+    arguments = ["--corpus", str(corpus), "--documents", "3", "--max-length", "64", "--repeats", "2", "--top-k", "3"]
+    cli.main(["bench", "sources", tiny_models["coarse"], *arguments, "--json", str(path), *extra])
     cases = {case["name"]: case for case in json.loads(path.read_text())["cases"]}
     assert set(cases) == {"stage", "bare", "disk, per row"} | (set() if extra else {"torch"})
     assert cases["stage"]["ratio_to"] == "bare"
