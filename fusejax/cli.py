@@ -157,6 +157,9 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--revision", metavar="REV", help="revision of a hub name")
     parser.add_argument(
+        "--attention", choices=("auto", "xla", "cudnn", "splash"), default="auto", help="implementation for the prompt"
+    )
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: float32 on CPUs)"
     )
 

@@ -14,6 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fusejax.errors import UserError
 
+# What the models and their callers may be told; see models.decoder.Decoder.
+Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable", "offload_dots_with_no_batch_dims"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
+
 
 class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
@@ -189,7 +193,8 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    remat: Literal["none", "full"] = "none"
+    remat: Remat = "none"  # what the backward pass computes again
+    attention: AttentionBackend = "auto"  # auto: the fastest that honours what each model needs
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: str = ""

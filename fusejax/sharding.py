@@ -86,6 +86,17 @@ def placement(mesh: Mesh | None) -> Placement | None:
     return Placement(mesh, batch=BATCH, vocab=RULES["vocab"], embed=RULES["embed"])
 
 
+def attention_specs(mesh: Mesh, rows: int, n_heads: int, n_kv_heads: int) -> tuple[PartitionSpec, PartitionSpec]:
+    """How attention over [rows, L, heads, K] and over [rows, L] is split: by rows and by heads.
+
+    What a mesh axis does not divide stays whole: every device of that axis then does all of it.
+    """
+    batch = BATCH if rows % int(np.prod([mesh.shape[axis] for axis in BATCH])) == 0 else None
+    n_shards = mesh.shape["tensor"]
+    heads = "tensor" if n_heads % n_shards == n_kv_heads % n_shards == 0 else None
+    return PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Host arrays of the whole batch, [B, ...] each, as global arrays split over the mesh."""
     sharding = batch_sharding(mesh)

@@ -111,7 +111,10 @@ def _run_model(
     """Load the model and write the shards `todo`."""
     mesh = sharding.make_mesh(config.mesh)
     compute = jnp.dtype(config.precision.compute)
-    model = models.load(source.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=source.revision)
+    model = models.load(
+        source.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=source.revision,
+        attention=config.attention,
+    )  # fmt: skip
     check_fits(tokenizer, model.config.vocab_size, source.model)
     known = min(model.config.vocab_size, tokenizer.vocab_size)
     top_k = width(config, source)

@@ -253,7 +253,10 @@ def evaluate(
     if result is None:
         mesh = sharding.make_mesh(config.mesh)
         compute = jnp.dtype(config.precision.compute)
-        decoder = models.load(model.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=model.revision)
+        decoder = models.load(
+            model.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=model.revision,
+            attention=config.attention,
+        )  # fmt: skip
         sums = measure(
             decoder,
             tokenizer,

@@ -8,7 +8,7 @@ See `fusejax.models.families` for the architectures, `fusejax.models.decoder` fo
 
 import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from fusejax import store
+from fusejax.config import AttentionBackend, Remat
 from fusejax.models import convert, families, files
 from fusejax.models.config import DecoderConfig
 from fusejax.models.decoder import Decoder, fill
@@ -46,8 +47,9 @@ def load(
     revision: str | None = None,
     *,
     compute_dtype: Any = jnp.float32,
-    remat: Literal["none", "full"] = "none",
+    remat: Remat = "none",
     unroll: int = 1,
+    attention: AttentionBackend = "auto",
 ) -> Decoder:
     """The model of a Hugging Face folder or hub name.
 
@@ -58,7 +60,9 @@ def load(
     folder = local_folder(path_or_repo, revision)
     values, config = read_config(folder)
     family = families.find(values, str(folder / "config.json"))
-    return convert.load_params(Decoder(config, compute_dtype, remat, unroll), folder, family, mesh, dtype)
+    return convert.load_params(
+        Decoder(config, compute_dtype, remat, unroll, attention, mesh), folder, family, mesh, dtype
+    )
 
 
 def init(
@@ -68,8 +72,9 @@ def init(
     dtype: Any = jnp.float32,
     *,
     compute_dtype: Any = jnp.float32,
-    remat: Literal["none", "full"] = "none",
+    remat: Remat = "none",
     unroll: int = 1,
+    attention: AttentionBackend = "auto",
 ) -> Decoder:
     """A model with random parameters, the same for a seed on any machine and mesh.
 
@@ -90,7 +95,7 @@ def init(
             return jnp.asarray(value)
         return jax.make_array_from_callback(shape, _named(mesh, variable), value.__getitem__)
 
-    return fill(Decoder(config, compute_dtype, remat, unroll), make)
+    return fill(Decoder(config, compute_dtype, remat, unroll, attention, mesh), make)
 
 
 def read_config(path_or_repo: str | Path, revision: str | None = None) -> tuple[dict[str, Any], DecoderConfig]:

@@ -5,11 +5,13 @@ features of a head.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fusejax.errors import UserError
 
 WHOLE_UP_TO = 512  # queries; more are done in blocks
 QUERY_BLOCK = 256
@@ -119,6 +121,25 @@ def alibi_bias(queries: Tokens, keys: Tokens, alibi: Alibi) -> jax.Array:
     return alibi.scale * (height(keys)[:, :, None, :] - height(queries)[:, :, :, None])
 
 
+class Backend(NamedTuple):
+    """Which implementation attends, and where: `auto` takes the fastest that honours what is asked.
+
+    Whole rows only: what attends to a cache (a token at a time) is always `xla`.
+    """
+
+    name: str = "auto"  # or xla, cudnn, splash: that one, or a UserError where it cannot
+    mesh: jax.sharding.Mesh | None = None  # that the arrays are laid out over
+    interpret: bool = False  # splash operation by operation, on any platform
+
+    @property
+    def device(self) -> Any:
+        """One of the devices that the program is for; they need not be here."""
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+
+
+AUTO = Backend()
+
+
 def attend(
     query_BQNK: jax.Array,
     key_BSGK: jax.Array,
@@ -126,11 +147,61 @@ def attend(
     queries: Tokens,
     keys: Tokens,
     features: Features,
+    backend: Backend = AUTO,
 ) -> jax.Array:
-    """softmax(softcap(scale * q·k) + bias) v over the keys that each query sees, [B, Q, N, K] in the query's dtype."""
+    """softmax(softcap(scale * q·k) + bias) v over the keys that each query sees, [B, Q, N, K] in the query's dtype.
+
+    Raises UserError where `backend` names an implementation that cannot honour the tokens' segments or the features.
+    """
+    name = choose(query_BQNK, queries, features, backend) if queries is keys else "xla"
+    if name != "xla":
+        from fusejax.models import attention_kernels as kernels
+
+        if name == "cudnn":
+            return kernels.cudnn(query_BQNK, key_BSGK, value_BSGK, features)
+        return kernels.splash(
+            query_BQNK, key_BSGK, value_BSGK, queries, features, backend.mesh, interpret=backend.interpret
+        )
     if query_BQNK.shape[1] <= WHOLE_UP_TO:
         return attend_xla(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
     return attend_blockwise(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
+
+
+def choose(query_BLNK: jax.Array, tokens: Tokens, features: Features, backend: Backend) -> str:
+    """The name of the implementation that `backend` means for these arrays."""
+    if backend.name == "xla":
+        return "xla"
+    if backend.name == "auto":
+        fast = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(backend.device.platform)
+        return "xla" if fast is None or objection(fast, query_BLNK, tokens, features, backend) else fast
+    reason = objection(backend.name, query_BLNK, tokens, features, backend)
+    if reason:
+        raise UserError(f"attention: {backend.name} {reason}; use auto or xla")
+    return backend.name
+
+
+def objection(name: str, query_BLNK: jax.Array, tokens: Tokens, features: Features, backend: Backend) -> str | None:
+    """Why `splash` or `cudnn` cannot do this; None where it can."""
+    platform, dtype, width = backend.device.platform, query_BLNK.dtype, query_BLNK.shape[-1]
+    if name == "splash":
+        reasons = [
+            (platform != "tpu" and not backend.interpret, f"runs on TPUs, not on {platform}"),
+            (features.alibi is not None and features.alibi.bf16, "cannot round ALiBi's bias to bfloat16"),
+        ]
+    else:
+        widest = 256 if float(getattr(backend.device, "compute_capability", None) or 0) >= 9 else 128
+        reasons = [
+            (platform not in ("gpu", "cuda"), f"runs on NVIDIA GPUs, not on {platform}"),
+            (
+                tokens.segments_BL is not None,
+                "takes no segment ids, and this batch has documents or padding in its rows",
+            ),
+            (features.softcap is not None, "has no soft cap of the scores"),
+            (features.alibi is not None, "has no ALiBi"),
+            (dtype not in (jnp.bfloat16, jnp.float16), f"computes in bfloat16 or float16, not in {dtype}"),
+            (width % 8 != 0 or width > widest, f"takes heads of 8, 16, .. {widest} features, not {width}"),
+        ]
+    return next((reason for holds, reason in reasons if holds), None)
 
 
 def attend_xla(

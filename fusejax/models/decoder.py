@@ -10,16 +10,26 @@ head, V rows of the vocabulary. The parameters of all layers are stacked along a
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fusejax.config import AttentionBackend, Remat
 from fusejax.models import attention, rope
+from fusejax.models.attention import Backend
 from fusejax.models.config import DecoderConfig
 from fusejax.models.layers import Axes, Block, Context, KeysValues, Layer, Linear, Norm, declare
+
+# What the backward pass does not compute again; `none` computes nothing again.
+REMAT_POLICIES: dict[Remat, Any] = {
+    "full": None,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload_dots_with_no_batch_dims": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 class Cache(NamedTuple):
@@ -39,9 +49,12 @@ class Decoder(nnx.Module):
     """A causal language model.
 
     `compute_dtype` is the dtype of activations (float32 or bfloat16), whatever dtype the parameters have; norms,
-    attention scores, softmax and logits are float32 always. `remat`: `none`, or `full` to keep each layer's input
-    alone and compute the layer again in the backward pass. `unroll`: layers per step of the scan (more than 1 was
-    slower on CPUs and compiles longer).
+    attention scores, softmax and logits are float32 always. `remat`: what the backward pass computes again. `none`:
+    nothing; `full`: all of each layer, of which only the input is kept; else one of jax.checkpoint_policies:
+    `dots_saveable` keeps every matrix product, `dots_with_no_batch_dims_saveable` those with weights (not the
+    attention's), `offload_dots_with_no_batch_dims` keeps these in the host's memory. `unroll`: layers per step of the
+    scan (more than 1 was slower on CPUs and compiles longer). `attention`: see `attention.Backend`. `mesh`: that the
+    parameters are laid out over.
 
     For pure functions and `jax.jit`: `graphdef, params = nnx.split(model)`, then
     `nnx.merge(graphdef, params).hidden(ids)` inside; `params` is a pytree of arrays.
@@ -51,14 +64,16 @@ class Decoder(nnx.Module):
         self,
         config: DecoderConfig,
         compute_dtype: Any = jnp.float32,
-        remat: Literal["none", "full"] = "none",
+        remat: Remat = "none",
         unroll: int = 1,
+        attention: AttentionBackend = "auto",
+        mesh: jax.sharding.Mesh | None = None,
     ):
         def declare_stacked(shape: tuple[int, ...], axes: Axes, init: str) -> nnx.Param:
             return declare((config.n_layers, *shape), ("layers", *axes), init)
 
         self.config, self.compute_dtype, self.remat = config, jnp.dtype(compute_dtype), remat
-        self.unroll = unroll
+        self.unroll, self.backend = unroll, Backend(attention, mesh)
         c, width = config, config.embedding_dim or config.d_model
         self.embedding = declare((c.vocab_size, width), ("vocab", "embed"), "normal")
         if c.learned_positions:
@@ -160,7 +175,7 @@ class Decoder(nnx.Module):
             rotary = rope.angles(positions, lengths, c.rotary_dim, c.rope_theta, c.rope_scaling)
             if c.rope_theta_window is not None:
                 rotary_window = rope.angles(positions, lengths, c.rotary_dim, c.rope_theta_window, None)
-        return Context(tokens, rotary, rotary_window)
+        return Context(tokens, rotary, rotary_window, self.backend)
 
     def _run_blocks(
         self, hidden_BLD: jax.Array, context: Context, cache: KeysValues | None = None
@@ -176,9 +191,9 @@ class Decoder(nnx.Module):
         def step(hidden_BLD: jax.Array, layer: tuple[nnx.State, Layer]) -> tuple[jax.Array, KeysValues]:
             return nnx.merge(graphdef, layer[0])(hidden_BLD, context, layer[1])
 
-        if self.remat == "full":
+        if self.remat != "none":
             # A loop cannot merge the second computation with the first; straight-line code could.
-            step = jax.checkpoint(step, prevent_cse=unroll > 1)
+            step = jax.checkpoint(step, prevent_cse=unroll > 1, policy=REMAT_POLICIES[self.remat])
         numbers = jnp.arange(1, c.n_layers + 1, dtype=jnp.int32)
         places = Layer(numbers, jnp.asarray(np.array(c.has_window)), cache)
         return jax.lax.scan(step, hidden_BLD, (layers, places), unroll=unroll)

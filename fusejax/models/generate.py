@@ -246,6 +246,8 @@ def show(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    generator = Generator.load(options.model, options.revision, dtype=dtype, compute_dtype=dtype)
+    generator = Generator.load(
+        options.model, options.revision, dtype=dtype, compute_dtype=dtype, attention=options.attention
+    )
     generator([prompt], options.max_tokens, sampling, options.stop, lambda row, text: print(text, end="", flush=True))
     print()

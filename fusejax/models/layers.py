@@ -27,6 +27,7 @@ class Context(NamedTuple):
     tokens: attention.Tokens
     rotary: tuple[jax.Array, jax.Array] | None  # cos, sin
     rotary_window: tuple[jax.Array, jax.Array] | None  # those of the layers with a window where they are others
+    backend: attention.Backend
     cached: attention.Tokens | None = None  # the keys to attend to where they are not only the tokens' own
 
 
@@ -149,7 +150,7 @@ class Attention(nnx.Module):
 
         def attend(window: int | None) -> jax.Array:
             features = attention.Features(scale, window, c.attention_softcap, alibi)
-            return attention.attend(query, key, value, context.tokens, keys, features)
+            return attention.attend(query, key, value, context.tokens, keys, features, context.backend)
 
         if len(set(c.has_window)) == 1:
             return attend(c.window if c.has_window[0] else None)

@@ -43,6 +43,7 @@ class Trainer:
             revision=config.target.revision,
             compute_dtype=jnp.dtype(config.precision.compute),
             remat=config.remat,
+            attention=config.attention,
         )
         graphdef, variables = nnx.split(model)
         trained, fixed = tuning.split(config, nnx.to_pure_dict(variables), model, mesh)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import pytest
 from flax import nnx
 
 from fusejax import models
+from fusejax.config import Remat
 from fusejax.models import attention
+from fusejax.models.decoder import REMAT_POLICIES
 from fusejax.models.layers import ACTIVATIONS
 
 LLAMA = models.DecoderConfig(
@@ -51,6 +54,7 @@ def test_documents_of_a_row_do_not_see_each_other(config):
 
 
 def test_remat_and_unroll_change_nothing():
+    assert set(get_args(Remat)) == {"none", *REMAT_POLICIES}
     params = nnx.split(models.init(LLAMA, 0))[1]
 
     def gradient(**options):
@@ -64,7 +68,7 @@ def test_remat_and_unroll_change_nothing():
 
     wanted = gradient()
     assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(wanted.blocks))
-    for options in (dict(remat="full"), dict(unroll=2)):
+    for options in (*(dict(remat=name) for name in REMAT_POLICIES), dict(unroll=2)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(**options), wanted)
 
 
