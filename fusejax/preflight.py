@@ -25,6 +25,7 @@ def check(config: Config) -> None:
         if key not in seen:
             seen.add(key)
             check_model(model)
+            _check_length(model, config.max_length)
     for documents in (config.corpus, config.evaluation.corpus):
         if documents is not None:
             corpus.check(documents)
@@ -47,6 +48,20 @@ def check_model(model: ModelConfig) -> None:
         _check_weights(cached)
     if tokenizers.has_files(cached):
         _check_tokenizer(Tokenizer.load(str(cached), bos=model.bos), cached, model.model)
+
+
+def _check_length(model: ModelConfig, max_length: int) -> None:
+    """UserError where documents of `max_length` tokens go beyond a model's table of learned positions."""
+    path = Path(model.model).expanduser()
+    folder = path if path.is_dir() else files.cached_folder(model.model, model.revision)
+    if folder is None:
+        return
+    _, config = models.read_config(folder)
+    if config.learned_positions and max_length > config.max_length:
+        raise UserError(
+            f"{model.model}: has positions for {config.max_length} tokens, max_length asks for {max_length}: "
+            f"set max_length to {config.max_length} or less"
+        )
 
 
 def _refuse_missing(name: str, folder: Path) -> None:

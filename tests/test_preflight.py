@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fusejax import config, models, plan, preflight
+from fusejax import config, export, models, plan, preflight
 from fusejax.errors import UserError
 
 
@@ -153,3 +153,13 @@ def test_cached_models_are_checked_as_far_as_they_are_there(job, tiny_models, tm
 
 def test_the_plan_refuses_them_too(job):
     assert "lacks" in job(remove("tokenizer.json"), check=plan.show)
+
+
+def test_documents_longer_than_learned_positions(job, tiny_models):
+    def gpt2(folder):
+        values = {"model_type": "gpt2", "vocab_size": 280, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40}
+        export.save(models.init(models.decoder_config(values), 0), values, folder, tokenizer_from=tiny_models["fine"])
+
+    assert job(gpt2, max_length=40) == ""
+    line = job(gpt2, max_length=41)
+    assert line.endswith("has positions for 40 tokens, max_length asks for 41: set max_length to 40 or less")
