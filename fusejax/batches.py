@@ -14,6 +14,7 @@ import numpy as np
 from fusejax import sources, tokenizers
 from fusejax.alignment import Chains, load_token_table, unpack_chain
 from fusejax.config import Config, ModelConfig
+from fusejax.deciding import DocumentCe, deciding_ce, document_ce, joint_ce
 from fusejax.errors import UserError
 from fusejax.fusion import TokenTable
 from fusejax.packing import Packing, pack
@@ -56,9 +57,11 @@ class Batches:
       source_valid bool [B, L, S]: the row map has a row; source_consumed int32 [B, L, S]: bytes of that row's next
         token that lie before this row's boundary; source_labels int32 [B, L, S]: that row's true next source token,
         −1 = none;
-      source_ce float32 [B, L, S]: the cross-entropy that decides between sources (`deciding_ce`);
+      source_ce float32 [B, L, S]: the cross-entropy that decides between sources (`deciding_ce`); inf where a source
+        says nothing;
       gold_logprobs float32 [B, L, S]: under alignment.gold_chain, the source's log-probability of the true next target
         token's bytes; −inf where there is none.
+    Under `compat: fusellm` the documents of a sequence are one segment, whose labels run on from document to document.
     """
 
     def __init__(self, config: Config, with_sources: bool = True) -> None:
@@ -101,7 +104,11 @@ class Batches:
             at = 0
             for segment, document in enumerate(sequences[sequence].tolist(), start=1):
                 at += self._put(out, b, at, segment, document)
-        return out
+            if self._config.fusion.level == "block":
+                for s, source in enumerate(self._sources):
+                    parts = [source.document_ce(document) for document in sequences[sequence].tolist()]
+                    out["source_ce"][b, :, s] = joint_ce(parts)
+        return one_segment(out) if self._config.compat else out
 
     def iterate(
         self, start: int = 0, stop: int | None = None, rows: range | None = None, ahead: int = 2
@@ -153,7 +160,7 @@ class Batches:
         out["source_valid"] = np.zeros((B, L, S), bool)
         out["source_consumed"] = np.zeros((B, L, S), np.int32)
         out["source_labels"] = np.full((B, L, S), -1, np.int32)
-        out["source_ce"] = np.zeros((B, L, S), np.float32)
+        out["source_ce"] = np.full((B, L, S), np.inf, np.float32)
         if self._config.alignment.gold_chain:
             out["gold_logprobs"] = np.full((B, L, S), -np.inf, np.float32)
         return out
@@ -176,6 +183,15 @@ class Batches:
             for name, array in source.rows(document, record).items():
                 out[name][(b, text, s) if array.ndim == 1 else (b, text, s, slice(source.width))] = array
         return span.stop - span.start
+
+
+def one_segment(batch: Arrays) -> Arrays:
+    """The batch without boundaries between the documents of a sequence: one segment, running positions and labels."""
+    ids, there = batch["ids"], batch["segment_ids"] > 0
+    labels = np.full_like(batch["labels"], -1)
+    labels[:, :-1] = np.where(there[:, 1:], ids[:, 1:], -1)
+    positions = np.where(there, np.arange(ids.shape[1], dtype=np.int32), 0)
+    return batch | {"segment_ids": there.astype(np.int32), "positions": positions, "labels": labels}
 
 
 def _submit(
@@ -231,10 +247,10 @@ class _Source:
             "source_consumed": np.where(valid_T, row_map_T2[:, 1], 0),
             "source_labels": np.where(valid_T, labels_R[row_T], -1),
             "source_ce": deciding_ce(
+                self._document_ce(cache, tokens),
                 cache["ce"],
                 tokens["boundaries"],
                 target["boundaries"],
-                has_eos=self._tokenizer.eos_id is not None,
                 level=fusion.level,
                 unit=fusion.ce_unit,
                 window=fusion.window,
@@ -244,49 +260,18 @@ class _Source:
             out["gold_logprobs"] = unpack_chain(self._chains[document], row_map_T2, cache["ce"])
         return out
 
+    def document_ce(self, document: int) -> DocumentCe:
+        """This source's cross-entropy over a document; of no weight where the source broke."""
+        cache, tokens = self._cache[document], self._tokens[document]
+        if len(tokens["ids"]) and not len(cache["ce"]):
+            return DocumentCe(0.0, 0.0)
+        return self._document_ce(cache, tokens)
 
-def deciding_ce(
-    ce_R: np.ndarray,
-    boundaries_R: np.ndarray,
-    target_boundaries_T: np.ndarray,
-    *,
-    has_eos: bool = True,
-    level: str = "document",
-    unit: str = "byte",
-    window: int = 16,
-) -> np.ndarray:
-    """The cross-entropy by which sources are weighed, beside each target row: float32 [T].
-
-    ce_R float32 [R], boundaries_R int32 [R] of the source, target_boundaries_T int32 [T].
-
-    level `document`: one number for the whole document. unit `byte`: the nats of the text that the source predicts,
-      over its bytes; EOS is no text. That is comparable between tokenizers. (A document that is one token of the source
-      leaves no byte to predict: then it is the CE of EOS.) unit `token`: the mean over all rows, EOS included, as in
-      FuseLLM, which favours fine tokenizers.
-    level `token`: the same over the bytes of the `window` target tokens around ((window − 1) // 2 before and
-      window // 2 after the one that the row predicts). The source's nats are spread evenly over each of its tokens'
-      bytes, so that all sources are weighed on the same text.
-    unit `aligned` is measured on the device and gets the values of `token`.
-    """
-    text_ce = ce_R[:-1].astype(np.float64)
-    n_bytes = int(boundaries_R[-1] - boundaries_R[0])
-    if unit == "byte":
-        whole = text_ce.sum() / n_bytes if n_bytes else float(ce_R[-1])
-    else:
-        whole = float(ce_R.mean(dtype=np.float64)) if has_eos else text_ce.sum() / max(len(text_ce), 1)
-    T = len(target_boundaries_T)
-    if level == "document" or T < 2:
-        return np.full(T, whole, np.float32)
-    # Rows 0 .. T − 2 predict text; the last one (EOS) takes the window at the end of the text.
-    row_T = np.minimum(np.arange(T), T - 2)
-    low_T = target_boundaries_T[np.maximum(row_T - (window - 1) // 2, 0)]
-    high_T = target_boundaries_T[np.minimum(row_T + window // 2, T - 2) + 1]
-    nats_T = _between(low_T, high_T, boundaries_R, np.concatenate([[0.0], np.cumsum(text_ce)]))
-    steps_R = np.arange(len(boundaries_R)) if unit != "byte" else boundaries_R - boundaries_R[0]
-    units_T = _between(low_T, high_T, boundaries_R, steps_R)
-    return np.where(units_T > 0, nats_T / np.where(units_T > 0, units_T, 1.0), whole).astype(np.float32)
-
-
-def _between(low_T: np.ndarray, high_T: np.ndarray, at_R: np.ndarray, total_R: np.ndarray) -> np.ndarray:
-    """How much a running total, known at `at_R` and linear in between, grows from low to high."""
-    return np.interp(high_T, at_R, total_R) - np.interp(low_T, at_R, total_R)
+    def _document_ce(self, cache: Arrays, tokens: Arrays) -> DocumentCe:
+        return document_ce(
+            cache["ce"],
+            tokens["boundaries"],
+            has_eos=self._tokenizer.eos_id is not None,
+            unit=self._config.fusion.ce_unit,
+            half=self._config.compat is not None,
+        )

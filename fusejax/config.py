@@ -84,10 +84,11 @@ class FusionConfig(Section):
     """How the aligned distributions become one."""
 
     kind: Literal["min_ce", "avg_ce", "fixed"] = "min_ce"
-    level: Literal["document", "token"] = "document"
+    level: Literal["document", "token", "block"] = "document"  # block: all documents of a packed sequence together
     window: int = Field(16, ge=1)  # level token: CE is averaged over so many rows around each
     ce_unit: Literal["byte", "aligned", "token"] = "byte"
     temperature: float = Field(1.0, gt=0)  # avg_ce: weights are softmax(-CE / temperature)
+    weighting: Literal["softmax", "reference"] = "softmax"  # reference: softmax(exp(-CE)), as the paper's code has it
     weights: tuple[float, ...] | None = None  # kind fixed: one weight for each source
 
 
@@ -99,6 +100,7 @@ class LossConfig(Section):
     schedule: Literal["constant", "linear"] = "constant"  # linear: weight_clm rises to 1 over the run
     temperature: float = Field(1.0, gt=0)
     tail: Literal["tail", "renormalize"] = "tail"
+    z_loss: float = Field(0.0, ge=0)  # z_loss * logsumexp(logits)^2 is added
 
 
 class OptimizerConfig(Section):
@@ -176,6 +178,22 @@ class EvaluationConfig(Section):
     batch_tokens: int = Field(8192, ge=1)
 
 
+# What `compat` sets: the quirks of the paper's code that have a key. The others follow from `compat` itself.
+COMPAT = {
+    "fusellm": {
+        "alignment": {
+            "rows": "mined",
+            "tokens": "mined",
+            "gold_chain": False,
+            "fallback": "gold",
+            "collisions": "first",
+        },
+        "fusion": {"level": "block", "ce_unit": "token", "weighting": "reference"},
+        "loss": {"tail": "renormalize", "z_loss": 0.0},
+    }
+}
+
+
 class Config(Section):
     """The whole job."""
 
@@ -197,8 +215,30 @@ class Config(Section):
     attention: AttentionBackend = "auto"  # auto: the fastest that honours what each model needs
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    compat: Literal["fusellm"] | None = None  # reproduce the paper's code, its quirks included; see docs/fusion.md
     output: str = ""
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_compat(cls, values: Any) -> Any:
+        """The keys that `compat` sets; one that is given and says otherwise is a contradiction."""
+        quirks = COMPAT.get(str(values.get("compat"))) if isinstance(values, dict) else None
+        if quirks is None:
+            return values
+        values = dict(values)
+        for section, wanted in quirks.items():
+            given = values.get(section)
+            if given is not None and not isinstance(given, dict):
+                continue  # a value of the wrong type gets its own message
+            for key, value in wanted.items():
+                if given and given.get(key, value) != value:
+                    raise ValueError(
+                        f"compat: {values['compat']!r} sets {section}.{key} to {value!r}, but it is {given[key]!r}; "
+                        "remove one of the two"
+                    )
+            values[section] = (given or {}) | wanted
+        return values
 
     @field_validator("sources")
     @classmethod
@@ -221,13 +261,9 @@ class Config(Section):
                 raise ValueError(
                     f"sources: {source.model} is the target, so its `revision` and `bos` should be the same"
                 )
-        n, weights = len(self.sources), self.fusion.weights
-        if self.fusion.kind == "fixed" and (weights is None or len(weights) != n):
-            raise ValueError(f"fusion.weights: kind 'fixed' needs one weight for each of the {n} sources")
-        if self.fusion.kind != "fixed" and weights is not None:
-            raise ValueError("fusion.weights: only used with fusion.kind 'fixed'")
         if self.lora is not None and self.optimizer.frozen:
             raise ValueError("optimizer.frozen: under `lora` all parameters are frozen already; remove one of the two")
+        self._check_fusion()
         self._check_batch()
         return self
 
@@ -244,6 +280,19 @@ class Config(Section):
                 f"batch.microbatch: {micro} should divide batch.sequences = {sequences} and be a multiple of mesh.data "
                 f"x mesh.fsdp = {shards}: {', '.join(map(str, fitting))}"
             )
+
+    def _check_fusion(self) -> None:
+        n, fusion = len(self.sources), self.fusion
+        if fusion.kind == "fixed" and (fusion.weights is None or len(fusion.weights) != n):
+            raise ValueError(f"fusion.weights: kind 'fixed' needs one weight for each of the {n} sources")
+        if fusion.kind != "fixed" and fusion.weights is not None:
+            raise ValueError("fusion.weights: only used with fusion.kind 'fixed'")
+        if fusion.weights is not None and (min(fusion.weights) < 0 or sum(fusion.weights) == 0):
+            raise ValueError(f"fusion.weights: should be 0 or more, and not all 0, got {list(fusion.weights)}")
+        if fusion.temperature != 1 and (fusion.kind != "avg_ce" or fusion.weighting == "reference"):
+            raise ValueError("fusion.temperature: only used with fusion.kind 'avg_ce' and fusion.weighting 'softmax'")
+        if self.compat and fusion.kind == "fixed":
+            raise ValueError(f"compat: {self.compat!r} knows no fusion.kind 'fixed'; use min_ce or avg_ce")
 
     @property
     def folder(self) -> Path:

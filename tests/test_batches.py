@@ -4,11 +4,9 @@ import shutil
 import numpy as np
 import pytest
 from conftest import MAX_LENGTH, TEXTS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fusejax import alignment, sources
-from fusejax.batches import Batches, deciding_ce, token_counts, token_tables
+from fusejax.batches import Batches, token_counts, token_tables
 from fusejax.errors import UserError
 from fusejax.store import Store
 from fusejax.tokenizers import Tokenizer
@@ -209,55 +207,6 @@ def test_token_counts_are_kept(make_job, monkeypatch):
     assert counts.tolist() == [len(record["ids"]) for record in Store(folder)]
     monkeypatch.setattr(Store, "__getitem__", lambda *_: pytest.fail("read the store again"))
     np.testing.assert_array_equal(token_counts(Store(folder)), counts)
-
-
-def by_bytes(ce, boundaries):
-    """The source's nats spread over the bytes of the text, one number for each byte after the first token."""
-    spread = np.zeros(boundaries[-1])
-    for j in range(1, len(boundaries)):
-        spread[boundaries[j - 1] : boundaries[j]] = ce[j - 1] / (boundaries[j] - boundaries[j - 1])
-    return spread
-
-
-cuts = st.lists(st.integers(1, 7), min_size=1, max_size=25).map(np.cumsum)
-
-
-@settings(deadline=None, max_examples=80)
-@given(cuts, st.data(), st.integers(1, 9))
-def test_deciding_ce_of_windows_is_that_of_their_bytes(source, data, window):
-    size = int(source[-1])
-    inner = data.draw(st.sets(st.integers(1, size), max_size=20))
-    target = np.array(sorted(inner | {size}))
-    ce = np.array(data.draw(st.lists(st.floats(0, 9), min_size=len(source), max_size=len(source))), np.float32)
-    got = deciding_ce(ce, source, target, level="token", unit="byte", window=window)
-    whole = deciding_ce(ce, source, target, level="document", unit="byte")
-    assert got.dtype == whole.dtype == np.float32
-    n = size - source[0]
-    np.testing.assert_allclose(whole, ce[:-1].sum() / n if n else ce[-1], rtol=1e-4, atol=1e-5)
-    spread = by_bytes(ce, source)
-    for t in range(len(target) - 1):
-        low = target[max(t - (window - 1) // 2, 0)]
-        high = target[min(t + window // 2, len(target) - 2) + 1]
-        n_bytes = high - max(low, source[0])
-        expected = spread[low:high].sum() / n_bytes if n_bytes > 0 else whole[0]
-        np.testing.assert_allclose(got[t], expected, rtol=1e-4, atol=1e-5)
-    if len(target) > 1:
-        assert got[-1] == got[-2]
-
-
-def test_deciding_ce_by_token_is_a_plain_mean():
-    ce = np.array([1.0, 2.0, 6.0], np.float32)
-    ends, target = np.array([2, 3, 9]), np.array([3, 9])
-    assert deciding_ce(ce, ends, target, unit="token").tolist() == [3.0, 3.0]
-    assert deciding_ce(ce, ends, target, unit="token", has_eos=False).tolist() == [1.5, 1.5]
-    same = deciding_ce(ce, ends, ends, level="token", unit="token", window=1)
-    assert same.tolist() == [1.0, 2.0, 2.0]
-
-
-def test_a_one_token_document_is_finite():
-    for level, unit in itertools.product(("document", "token"), ("byte", "token", "aligned")):
-        values = deciding_ce(np.array([0.5], np.float32), np.array([4]), np.array([4]), level=level, unit=unit)
-        assert values.tolist() == [0.5]
 
 
 def test_bos_is_left_out_where_the_configuration_says_so(make_job, tiny_models):

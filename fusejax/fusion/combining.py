@@ -56,6 +56,7 @@ def fuse(
     temperature: float = 1.0,
     weights: Sequence[float] | None = None,
     weighting: Weighting = "softmax",
+    half_rewards: bool = False,
     fallback: Fallback = "gold",
     fallback_ids: Array | None = None,
     mass: Array | None = None,
@@ -66,8 +67,9 @@ def fuse(
     int32[...] (the true next target token). Where a source's row is not valid, `fallback="gold"` puts the one-hot label
     in its place, and the source takes part as ever (the paper's way); under `skip` it takes no part, and a row in which
     no source does gets the one-hot label, so that its fusion loss is its CLM loss and rows keep equal weight.
-    fallback_ids int32[...] takes the label's place in these one-hot rows. mass float[..., S] is averaged into the
-    result. `min_ce` gives rows of M entries, the others S·M.
+    fallback_ids int32[...] takes the label's place in these one-hot rows (the paper's code puts the current token).
+    mass float[..., S] is averaged into the result. `min_ce` gives rows of M entries, the others S·M.
+    half_rewards: see `source_weights`.
 
     >>> fused = fuse(
     ...     jnp.array([[[5, 2], [7, 5]]]), jnp.array([[[0.5, 0.25], [0.75, 0.25]]]), jnp.array([[True, True]]),
@@ -78,7 +80,15 @@ def fuse(
     """
     gold = labels if fallback_ids is None else fallback_ids
     takes_part = valid if fallback == "skip" else jnp.ones_like(valid)
-    weights_S = source_weights(ce, takes_part, kind=kind, temperature=temperature, weights=weights, weighting=weighting)
+    weights_S = source_weights(
+        ce,
+        takes_part,
+        kind=kind,
+        temperature=temperature,
+        weights=weights,
+        weighting=weighting,
+        half_rewards=half_rewards,
+    )
     gold_ids, gold_probs = _one_hot_rows(gold, ids.shape[-1])
     ids = jnp.where(valid[..., None], ids, gold_ids[..., None, :])
     probs = jnp.where(valid[..., None], probs.astype(jnp.float32), gold_probs[..., None, :])
@@ -130,6 +140,7 @@ def fuse_sources(
     temperature: float = 1.0,
     weights: Sequence[float] | None = None,
     weighting: Weighting = "softmax",
+    half_rewards: bool = False,
     fallback: Fallback = "gold",
     fallback_ids: Array | None = None,
 ) -> FusedRows:
@@ -176,6 +187,7 @@ def fuse_sources(
         temperature=temperature,
         weights=weights,
         weighting=weighting,
+        half_rewards=half_rewards,
         fallback=fallback,
         fallback_ids=fallback_ids,
         mass=mass,

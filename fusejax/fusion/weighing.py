@@ -72,6 +72,7 @@ def source_weights(
     temperature: float = 1.0,
     weights: Sequence[float] | None = None,
     weighting: Weighting = "softmax",
+    half_rewards: bool = False,
 ) -> Array:
     """ce float[..., S], takes_part bool[..., S] → the weights float32[..., S], of sum 1, or 0 where none takes part.
 
@@ -79,15 +80,20 @@ def source_weights(
     softmax(−CE/temperature); with weighting `reference` softmax(exp(−CE)), as the paper's code computes it, which is
     nearly uniform. `fixed`: the given weights. Sources that take no part get 0 and the others' weights are normalised.
     A CE that is not finite counts as the largest of all.
+
+    half_rewards: as the paper's code does it, `min_ce` takes the greatest exp(−CE), computed in bfloat16, so that CEs
+    of up to a hundredth apart tie; `reference` weights are made of the same rewards and rounded to bfloat16, too.
     """
     ce = ce.astype(jnp.float32)
     ce = jnp.where(jnp.isfinite(ce), ce, jnp.finfo(jnp.float32).max)
     any_part = jnp.any(takes_part, -1, keepdims=True)
     if kind == "min_ce":
-        winner = jnp.argmin(jnp.where(takes_part, ce, jnp.inf), -1)
+        decisive = -_half_rewards(ce) if half_rewards else ce
+        winner = jnp.argmin(jnp.where(takes_part, decisive, jnp.inf), -1)
         return jax.nn.one_hot(winner, ce.shape[-1], dtype=jnp.float32) * any_part
     if kind == "avg_ce":
-        score = jnp.exp(-ce) if weighting == "reference" else -ce / temperature
+        reward = _half_rewards(ce) if half_rewards else jnp.exp(-ce)
+        score = reward if weighting == "reference" else -ce / temperature
         score = jnp.maximum(score, jnp.finfo(jnp.float32).min)  # a temperature below 1 must not make −inf − −inf
         part = jnp.where(takes_part, score, -jnp.inf)
         best = jnp.where(any_part, jnp.max(part, -1, keepdims=True), 0.0)
@@ -99,4 +105,15 @@ def source_weights(
     else:
         raise ValueError(f"fuse: kind {kind!r} should be min_ce, avg_ce or fixed")
     total = jnp.sum(raw, -1, keepdims=True)
-    return jnp.where(total > 0, raw / jnp.where(total > 0, total, 1.0), 0.0)
+    share = jnp.where(total > 0, raw / jnp.where(total > 0, total, 1.0), 0.0)
+    return _bfloat16(share) if half_rewards and kind == "avg_ce" else share
+
+
+def _half_rewards(ce: Array) -> Array:
+    """1 / exp(CE), every step rounded to bfloat16."""
+    return _bfloat16(1 / _bfloat16(jnp.exp(_bfloat16(ce))))
+
+
+def _bfloat16(x: Array) -> Array:
+    """float32 values of bfloat16's precision. A cast there and back would be optimised away."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
