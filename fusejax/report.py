@@ -18,6 +18,7 @@ from fusejax.config import Config, dump
 from fusejax.progress import console, say
 from fusejax.training import run_folder, runs
 
+_LAST_TENTH = ("loss", "clm_loss", "fusion_loss", "target_entropy", "model_entropy")  # nats a token
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -65,7 +66,7 @@ def _training(history: list[dict[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "steps": history[-1]["step"],
         "tokens": sum(row["tokens"] for row in history),
-        "last_tenth": {key: mean(last, key) for key in ("loss", "clm_loss", "fusion_loss") if key in last[0]},
+        "last_tenth": {key: mean(last, key) for key in _LAST_TENTH if key in last[0]},
     }
     won = [key for key in history[0] if key.startswith("won/")]
     if won:
@@ -141,7 +142,7 @@ def render(config: Config, report: dict[str, Any], histories: dict[str, list[dic
         ]
     if any(histories.values()):
         parts += ["<h2>Training</h2>", plots.losses(histories)]
-        parts += [_html_table(["run", "steps", "tokens", "CLM loss", "tokens/s"], _training_rows(report))]
+        parts += [_html_table(_TRAINING, _training_rows(report))]
     if report["alignment"]:
         parts += ["<h2>Alignment and fusion</h2>", plots.alignment(report)]
         parts += [_html_table(["source", *_ALIGNMENT.values(), "rows won"], _alignment_rows(report))]
@@ -188,14 +189,18 @@ def _alignment_rows(report: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+_TRAINING = ["run", "steps", "tokens", "CLM loss", "fusion loss", "target's entropy", "model's entropy", "tokens/s"]
+
+
 def _training_rows(report: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, values in report["training"].items():
         if values:
             rate = report["throughput"].get(name, {}).get("tokens_per_s")
-            loss = values["last_tenth"]["clm_loss"]
+            last = values["last_tenth"]
+            nats = [f"{last[key]:.4f}" if key in last else "" for key in _LAST_TENTH[1:]]
             speed = f"{rate:,.0f}" if rate else ""
-            rows.append([name, str(values["steps"]), f"{values['tokens']:,.0f}", f"{loss:.4f}", speed])
+            rows.append([name, str(values["steps"]), f"{values['tokens']:,.0f}", *nats, speed])
     return rows
 
 

@@ -33,6 +33,8 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
         "seed": config.seed,
         "max_length": config.max_length,
         "compute": config.precision.compute,
+        "compat": config.compat,
+        "loss.z_loss": config.loss.z_loss,
     }
     sections = ["optimizer", "batch", "lora", "guard"]
     if name == "fused" and config.sources:

@@ -11,6 +11,7 @@ from fusejax import fusion, loss, sharding
 from fusejax import optimizer as optimizers
 from fusejax.config import Config
 from fusejax.training import guard, tuning
+from fusejax.training.targets import fuse_batch, fusion_weights
 
 Batch = dict[str, jax.Array]
 State = dict[str, Any]
@@ -101,11 +102,18 @@ def batch_sums(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(Σ loss over the labelled tokens, sums for the metrics), float32; sums of microbatches add up. See `means`."""
     hidden_BLD = model.hidden(batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-    labels_BL, logit_cap = batch["labels"], model.config.logit_softcap
+    labels_BL = batch["labels"]
+    of_model: dict[str, Any] = {
+        "mesh": mesh,
+        "logit_cap": model.config.logit_softcap,
+        "z_loss": config.loss.z_loss,
+        "model_entropy": True,
+    }
     if not tables:
-        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, logit_cap=logit_cap, mesh=mesh)
+        sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, **of_model)
         return sums.total, {"loss": sums}
     fused = fuse_batch(config, batch, tables, model.config.vocab_size)
+    weights = fusion_weights(config, batch, fused)
     sums = loss.fusion_loss(
         hidden_BLD,
         model.unembedding(),
@@ -114,12 +122,13 @@ def batch_sums(
         fused.probs,
         weight_clm=weight_clm,
         kind=config.loss.kind,
-        temperature=config.loss.temperature,
+        temperature=1.0 if config.compat else config.loss.temperature,
         tail=config.loss.tail,
-        logit_cap=logit_cap,
-        mesh=mesh,
+        fusion_mask=weights,
+        **of_model,
     )
-    return sums.total, {"loss": sums, "rows": fusion.fusion_sums(fused, labels_BL >= 0)}
+    counted = labels_BL >= 0 if weights is None else weights > 0
+    return sums.total, {"loss": sums, "rows": fusion.fusion_sums(fused, counted)}
 
 
 def means(sums: dict[str, Any]) -> dict[str, jax.Array]:
@@ -127,37 +136,10 @@ def means(sums: dict[str, Any]) -> dict[str, jax.Array]:
     losses = sums["loss"]
     count = jnp.maximum(losses.count, 1.0)
     values = {"loss": losses.total / count, "clm_loss": losses.clm / count, "tokens": losses.count}
+    values["model_entropy"] = losses.model_entropy / count
     if "rows" in sums:
         rows = sums["rows"]
         n_rows = jnp.maximum(rows.count, 1.0)
         values |= {"won": rows.won / n_rows, "fallback": rows.fallback / n_rows, "mass_kept": rows.mass / n_rows}
         values |= {"fusion_loss": losses.fusion / count, "target_entropy": losses.target_entropy / count}
     return values
-
-
-def fuse_batch(
-    config: Config, batch: dict[str, jax.Array], tables: list[fusion.TokenTable], vocab_size: int
-) -> fusion.FusedRows:
-    """The fused target distributions of a batch, as `alignment`, `fusion` and `loss` of the configuration say."""
-    by_aligned_ce = config.fusion.ce_unit == "aligned"
-    return fusion.fuse_sources(
-        tables,
-        batch["source_ids"],
-        batch["source_logprobs"],
-        batch["source_valid"],
-        batch["labels"],
-        source_ce=None if by_aligned_ce else batch["source_ce"],
-        source_consumed=batch.get("source_consumed"),
-        source_labels=batch.get("source_labels"),
-        gold_logprobs=batch.get("gold_logprobs"),
-        segment_ids=batch["segment_ids"],
-        vocab_size=vocab_size,
-        level=config.fusion.level,
-        window=config.fusion.window,
-        collisions=config.alignment.collisions,
-        tail=config.loss.tail,
-        kind=config.fusion.kind,
-        temperature=config.fusion.temperature,
-        weights=config.fusion.weights,
-        fallback=config.alignment.fallback,
-    )

@@ -1,0 +1,59 @@
+"""The fused targets of a batch, as `alignment`, `fusion`, `loss` and `compat` of the configuration say."""
+
+import jax
+import jax.numpy as jnp
+
+from fusejax import fusion
+from fusejax.config import Config
+
+
+def fuse_batch(
+    config: Config, batch: dict[str, jax.Array], tables: list[fusion.TokenTable], vocab_size: int
+) -> fusion.FusedRows:
+    """One target distribution for every position of `batches.Batches`' arrays.
+
+    Under `compat: fusellm` a row without a source gets the current token instead of the next one, rewards are
+    bfloat16, and loss.temperature is that of the sources alone: their kept logits are divided by it.
+    """
+    by_aligned_ce = config.fusion.ce_unit == "aligned"
+    compat = config.compat == "fusellm"
+    logprobs = batch["source_logprobs"]
+    return fusion.fuse_sources(
+        tables,
+        batch["source_ids"],
+        logprobs / config.loss.temperature if compat else logprobs,
+        batch["source_valid"],
+        batch["labels"],
+        source_ce=None if by_aligned_ce else batch["source_ce"],
+        source_consumed=batch.get("source_consumed"),
+        source_labels=batch.get("source_labels"),
+        gold_logprobs=batch.get("gold_logprobs"),
+        segment_ids=batch["segment_ids"],
+        vocab_size=vocab_size,
+        level=config.fusion.level,
+        window=config.fusion.window,
+        collisions=config.alignment.collisions,
+        tail=config.loss.tail,
+        kind=config.fusion.kind,
+        temperature=config.fusion.temperature,
+        weights=config.fusion.weights,
+        weighting=config.fusion.weighting,
+        half_rewards=compat,
+        fallback=config.alignment.fallback,
+        fallback_ids=batch["ids"] if compat else None,
+    )
+
+
+def fusion_weights(config: Config, batch: dict[str, jax.Array], fused: fusion.FusedRows) -> jax.Array | None:
+    """Under `compat: fusellm` the weights float32[B, L] of the fusion loss, else None: every row with a label counts 1.
+
+    There the fusion loss is a mean over all tokens that are no padding, the last one of a sequence included, and the
+    CLM loss a mean over the labelled ones. The weights add up to the number of labels, which both are divided by.
+    """
+    if config.compat != "fusellm":
+        return None
+    there_BL = (batch["segment_ids"] > 0).astype(jnp.float32)
+    n_labels = jnp.sum(batch["labels"] >= 0).astype(jnp.float32)
+    # Averaging weights that are rounded do not add up to 1, and targets that do not either are used as they are.
+    mass_BL = jnp.sum(fused.probs, -1)
+    return there_BL * mass_BL * n_labels / jnp.maximum(jnp.sum(there_BL), 1.0)
