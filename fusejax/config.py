@@ -179,7 +179,7 @@ class EvaluationConfig(Section):
 
 
 # What `compat` sets: the quirks of the paper's code that have a key. The others follow from `compat` itself.
-COMPAT = {
+COMPAT: dict[str, dict[str, dict[str, Any]]] = {
     "fusellm": {
         "alignment": {
             "rows": "mined",
