@@ -27,7 +27,8 @@ COLORS = {"fused": "#c2410c", "clm": "#2563eb", "target": "#6b7280"}
 SOURCE_COLORS = ("#cbd5e1", "#99c1b9", "#d8b4e2", "#e2cf9b", "#a3b18a", "#f2b5a7")
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as text for a page, and closed."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
@@ -61,7 +62,7 @@ def losses(histories: dict[str, list[dict[str, Any]]]) -> str:
     axes.set_xlabel("million target tokens")
     axes.set_ylabel("CLM loss (nats per token)")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def bits_per_byte(report: dict[str, Any]) -> str:
@@ -79,31 +80,4 @@ def bits_per_byte(report: dict[str, Any]) -> str:
     axes.set_ylabel("bits per byte")
     axes.grid(axis="x", visible=False)
     axes.legend(frameon=False, ncols=min(6, len(scores)), loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    return _svg(figure)
-
-
-def alignment(report: dict[str, Any]) -> str:
-    """Left: how each source's rows were found. Right: the share of rows that each source won."""
-    names = list(report["alignment"])
-    won = report["training"].get("fused", {}).get("rows_won", {})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.9 + 0.5 * len(names)), sharey=True)
-    starts = [0.0] * len(names)
-    kinds = list(dict.fromkeys(kind for name in names for kind in report["alignment"][name]["kinds"]))
-    palette = {"fallback": "#d1d5db"}
-    shades = iter(["#166534", "#22c55e", "#86efac", "#0e7490"])
-    for kind in kinds:
-        shares = [100 * report["alignment"][name]["kinds"].get(kind, 0.0) for name in names]
-        left.barh(names, shares, left=starts, label=kind, color=palette.get(kind) or next(shades, None))
-        starts = [start + share for start, share in zip(starts, shares, strict=True)]
-    left.set_xlabel("% of target rows")
-    left.set_title("rows by kind", fontsize=10)
-    left.legend(
-        frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.5 / (0.9 + 0.5 * len(names)) - 0.12)
-    )
-    right.barh(names, [100 * won.get(name, 0.0) for name in names], color=COLORS["fused"])
-    right.set_xlabel("% of rows")
-    right.set_title("rows won", fontsize=10)
-    left.invert_yaxis()
-    for axes in (left, right):
-        axes.grid(axis="y", visible=False)
-    return _svg(figure)
+    return svg(figure)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fusejax import metrics, plots, store
+from fusejax import alignment_report, metrics, plots, store
 from fusejax.alignment import read_report
 from fusejax.config import Config, dump
 from fusejax.progress import console, say
@@ -144,8 +144,7 @@ def render(config: Config, report: dict[str, Any], histories: dict[str, list[dic
         parts += ["<h2>Training</h2>", plots.losses(histories)]
         parts += [_html_table(_TRAINING, _training_rows(report))]
     if report["alignment"]:
-        parts += ["<h2>Alignment and fusion</h2>", plots.alignment(report)]
-        parts += [_html_table(["source", *_ALIGNMENT.values(), "rows won"], _alignment_rows(report))]
+        parts += ["<h2>Alignment and fusion</h2>", alignment_report.section(report)]
     parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(dump(config))}</pre>"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     parts += [f"<footer>{html.escape(versions)}</footer>"]
@@ -167,26 +166,6 @@ def _lead(report: dict[str, Any]) -> str:
         lead += f" Average bits per byte {before:.4f} before, <b>{fused:.4f}</b> after"
         lead += f" ({scores['clm']['average']:.4f} with CLM only)." if "clm" in scores else "."
     return lead
-
-
-_ALIGNMENT = {
-    "share": "rows aligned",
-    "mass_kept": "mass kept",
-    "mapped_ce": "CE of the mapped distribution (nats)",
-}
-
-
-def _alignment_rows(report: dict[str, Any]) -> list[list[str]]:
-    def cell(key: str, value: Any) -> str:
-        if value is None:
-            return ""
-        return f"{value:.3f}" if key == "mapped_ce" else f"{100 * value:.1f}%"
-
-    won = report["training"].get("fused", {}).get("rows_won", {})
-    return [
-        [name, *(cell(key, values.get(key)) for key in _ALIGNMENT), cell("won", won.get(name))]
-        for name, values in report["alignment"].items()
-    ]
 
 
 _TRAINING = ["run", "steps", "tokens", "CLM loss", "fusion loss", "target's entropy", "model's entropy", "tokens/s"]

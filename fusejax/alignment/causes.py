@@ -5,7 +5,17 @@ import numpy as np
 from fusejax.alignment.rows import MAX_CONSUMED, Tokens
 from fusejax.tokenizers import Tokenizer
 
-CAUSES = ("special", "normalization", "document start", "long token", "newline", "digits", "non-ASCII", "other")
+CAUSES = (
+    "special",
+    "normalization",
+    "document start",
+    "long token",
+    "newline",
+    "digits",
+    "non-ASCII",
+    "other",
+    "nothing left",
+)
 """In the order in which they are asked; a row counts under the first that holds:
 
 special: the row's token, or the source's where the row ends, stands for no bytes (unknown, special).
@@ -13,6 +23,7 @@ normalization: one of the two tokenizers changed the text there, or the row's to
 document start: the source has no row yet; its first token ends later.
 long token: the row stands deeper inside a source token than MAX_CONSUMED bytes.
 newline, digits, non-ASCII: what the text of the source's token there contains. other: none of these.
+nothing left: there is a source row, but its top k tokens all lack an image; that is known where the rows are.
 """
 
 
@@ -32,7 +43,7 @@ def fallback_causes(
     counts = np.zeros(len(CAUSES), np.int32)
     t_N = np.flatnonzero(row_map_T2[:, 0] < 0)
     if not len(t_N) or not len(source.ids):
-        counts[-1] = len(t_N)
+        counts[CAUSES.index("document start")] = len(t_N)
         return counts
     ends_T, ends_R = target.boundaries, source.boundaries
     j_N = np.searchsorted(ends_R, ends_T[t_N], side="left")  # the source token in which the row ends, or with which

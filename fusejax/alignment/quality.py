@@ -88,7 +88,7 @@ def quality(
     logarithms of its true probabilities) and ce float[n]. Returns a dict:
       rows, aligned, share: target rows, those with a source row that says something, and their share;
       kinds: share of the rows by how they were found; fallback_causes: share of the rows by why they were not (see
-        `fusejax.alignment.causes`; rows of which nothing is left have none);
+        `fusejax.alignment.causes`);
       empty: share of the aligned rows of which the token map leaves nothing; they fall back, and count so;
       mass_kept: mean probability that the top-k cut and the token map leave of a row (rows inside a token left out);
       collisions: {rows: share of rows where two source tokens meet at one target token, mass: mean probability of the
@@ -116,6 +116,7 @@ def quality(
         empty_T = measure(total, target, source, row_map_T2, table, values, target_tok.vocab_size, gold_T)
         kinds_T[empty_T] = KINDS.index("fallback")
         causes = fallback_causes(data, target, source, target_tok, source_tok, row_map_T2, rows)
+        causes[CAUSES.index("nothing left")] = len(empty_T)
         total.add_rows(np.bincount(kinds_T, minlength=len(KINDS)), causes)
     return total.report() | {"top_tokens": top_tokens(total, table, target_tok, source_tok)}
 

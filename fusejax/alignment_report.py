@@ -1,0 +1,130 @@
+"""The report's section on alignment: how each source's rows were found, what they keep, and what they predict."""
+
+import html
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from fusejax import plots
+
+_KINDS = {"same token": "#166534", "same end": "#22c55e", "inside a token": "#86efac", "fallback": "#d1d5db"}
+_CAUSES = {
+    "newline": "#0e7490",
+    "digits": "#67e8f9",
+    "non-ASCII": "#a78bfa",
+    "normalization": "#f59e0b",
+    "special": "#ef4444",
+    "document start": "#475569",
+    "long token": "#854d0e",
+    "other": "#d1d5db",
+    "nothing left": "#fb7185",
+}
+_OWN, _MAPPED = "#94a3b8", "#0e7490"
+_SHOWN_TOKENS = 10
+
+COLUMNS = {
+    "share": "rows aligned",
+    "empty": "of these left empty",
+    "mass_kept": "mass kept",
+    "collisions.rows": "rows with collisions",
+    "collisions.mass": "mass in them",
+    "mapped_ce": "CE (nats per token)",
+    "mapped_ce_per_byte": "CE (nats per byte)",
+    "source_ce_per_byte": "source's own",
+}
+_NATS = ("mapped_ce", "mapped_ce_per_byte", "source_ce_per_byte")
+
+
+def section(report: dict[str, Any]) -> str:
+    """HTML for the job's `report.json`; "" without sources."""
+    if not report["alignment"]:
+        return ""
+    header, rows = table(report)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return "\n".join(
+        [
+            picture(report),
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+            "<p>Shares are of the target's rows. CE: cross-entropy of the mapped distribution, scaled to 1, on the true next "
+            "token, over the aligned rows, where a miss costs a finite sum; beside it the source's own, of all its "
+            "tokens. Mass, collisions, CE and rows left empty are measured on a sample of the documents.</p>",
+            *(_tokens(name, values["top_tokens"]) for name, values in report["alignment"].items()),
+        ]
+    )
+
+
+def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, a row for each source)."""
+    won = report["training"].get("fused", {}).get("rows_won", {})
+    rows = []
+    for name, values in report["alignment"].items():
+        flat = values | {f"collisions.{key}": value for key, value in values["collisions"].items()}
+        rows.append([name, *(_cell(key, flat[key]) for key in COLUMNS), _cell("won", won.get(name))])
+    return ["source", *COLUMNS.values(), "rows won"], rows
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if key in _NATS else f"{100 * value:.1f}%"
+
+
+def _tokens(name: str, tokens: list[dict[str, Any]]) -> str:
+    """The source tokens that become something else, folded in."""
+    if not tokens:
+        return ""
+    rows = "".join(
+        f"<tr><td>{_code(token['token'])}</td><td>{_code(token['image'])}</td><td>{100 * token['mass']:.2f}%</td></tr>"
+        for token in tokens[:_SHOWN_TOKENS]
+    )
+    return (
+        f"<details><summary>{html.escape(name)}: tokens that become another one</summary>"
+        "<table><thead><tr><th>source's token</th><th>becomes</th><th>mean probability in a row</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></details>"
+    )
+
+
+def _code(token: str | None) -> str:
+    return "dropped" if token is None else f"<code>{html.escape(token)}</code>"
+
+
+def picture(report: dict[str, Any]) -> str:
+    """SVG: rows by kind, fallback by cause, CE per byte beside the source's own, and the rows that each source won."""
+    names = list(report["alignment"])
+    values = list(report["alignment"].values())
+    won = report["training"].get("fused", {}).get("rows_won", {})
+    figure, axes = plots.plt.subplots(2, 2, figsize=(9, 2.6 + 0.8 * len(names)), sharey=True, layout="constrained")
+    _stack(axes[0, 0], names, [each["kinds"] for each in values], _KINDS)
+    axes[0, 0].set_title("rows by kind (% of the target's rows)", fontsize=10)
+    _stack(axes[0, 1], names, [each["fallback_causes"] for each in values], _CAUSES)
+    axes[0, 1].set_title("fallback by cause (% of the target's rows)", fontsize=10)
+    at = range(len(names))
+    for offset, key, label, color in (
+        (-0.2, "source_ce_per_byte", "source's own", _OWN),
+        (0.2, "mapped_ce_per_byte", "mapped to the target", _MAPPED),
+    ):
+        axes[1, 0].barh([i + offset for i in at], [each[key] or 0 for each in values], 0.36, color=color, label=label)
+    axes[1, 0].set_title("CE of the true text (nats per byte)", fontsize=10)
+    axes[1, 1].barh(names, [100 * won.get(name, 0.0) for name in names], 0.6, color=plots.COLORS["fused"])
+    axes[1, 1].set_title("rows won (%)", fontsize=10)
+    axes[0, 0].invert_yaxis()
+    for each in axes.flat:
+        each.grid(axis="y", visible=False)
+        if each.get_legend_handles_labels()[0]:
+            each.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8)
+    return plots.svg(figure)
+
+
+def _stack(axes: Axes, names: list[str], shares: list[dict[str, float]], colors: dict[str, str]) -> None:
+    """One bar for each source, made of what occurs anywhere, in percent."""
+    starts = [0.0] * len(names)
+    for kind, color in colors.items():
+        widths = [100 * share.get(kind, 0.0) for share in shares]
+        if any(widths):
+            axes.barh(names, widths, 0.6, left=starts, label=kind, color=color)
+            starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    if not any(starts):
+        axes.barh(names, starts)
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="#888")
+        axes.set_xticks([])

@@ -1,0 +1,55 @@
+"""The report's section on alignment."""
+
+import copy
+
+import numpy as np
+import pytest
+from tokenizer_zoo import TEXTS, tokenizer
+
+from fusejax import alignment_report
+from fusejax.alignment import quality
+
+
+@pytest.fixture(scope="module")
+def report():
+    source, rng = tokenizer("byte-level coarse"), np.random.default_rng(0)
+    rows = []
+    for text in TEXTS:
+        ids = source.encode(text)[0]
+        top = np.stack([rng.choice(source.vocab_size, 5, replace=False) for _ in ids])
+        top[:-1, 0] = ids[1:]
+        logprobs = np.log([0.6, 0.1, 0.05, 0.01, 0.01]) * np.ones((len(ids), 1))
+        rows.append({"ids": top, "logprobs": logprobs, "ce": -logprobs[:, 0]})
+    measured = quality(rows, TEXTS, tokenizer("sentencepiece"), source)
+    unmeasured = copy.deepcopy(measured) | {"mapped_ce": None, "mapped_ce_per_byte": None, "top_tokens": []}
+    return {
+        "alignment": {"with <angle> & more": measured, "no cache": unmeasured},
+        "training": {"fused": {"rows_won": {"no cache": 0.25}}},
+    }
+
+
+def test_every_number_is_in_the_table(report):
+    header, rows = alignment_report.table(report)
+    assert header[0] == "source"
+    assert [len(row) for row in rows] == [len(header)] * 2
+    first = dict(zip(header, rows[0], strict=True))
+    measured = report["alignment"]["with <angle> & more"]
+    assert first["rows aligned"] == f"{100 * measured['share']:.1f}%"
+    assert first["rows with collisions"] == f"{100 * measured['collisions']['rows']:.1f}%"
+    assert first["CE (nats per byte)"] == f"{measured['mapped_ce_per_byte']:.3f}"
+    assert first["rows won"] == ""
+    second = dict(zip(header, rows[1], strict=True))
+    assert second["CE (nats per byte)"] == ""
+    assert second["rows won"] == "25.0%"
+
+
+def test_the_section_is_escaped_and_the_same_each_time(report):
+    page = alignment_report.section(report)
+    assert page == alignment_report.section(report)
+    assert "with &lt;angle&gt; &amp; more" in page
+    assert "<angle>" not in page
+    assert page.count("<svg") == 1
+    assert page.count("<details>") == 1
+    for kind in ("same token", "inside a token", "mapped to the target"):
+        assert kind in page
+    assert alignment_report.section({"alignment": {}, "training": {}}) == ""
