@@ -46,9 +46,9 @@ def section(report: dict[str, Any]) -> str:
         [
             picture(report),
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-            "<p>Shares are of the target's rows. CE: cross-entropy of the mapped distribution, scaled to 1, on the true next "
-            "token, over the aligned rows, where a miss costs a finite sum; beside it the source's own, of all its "
-            "tokens. Mass, collisions, CE and rows left empty are measured on a sample of the documents.</p>",
+            "<p>Shares are of the target's rows. CE: cross-entropy of the mapped distribution, scaled to 1, on the "
+            "true next token, over the aligned rows, where a miss costs a finite sum; beside it the source's own, of "
+            "all its tokens. Mass, collisions, CE and rows left empty are measured on a sample of the documents.</p>",
             *(_tokens(name, values["top_tokens"]) for name, values in report["alignment"].items()),
         ]
     )

@@ -125,17 +125,59 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     add_config(commands.add_parser("plan", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
     help_text = "merge the weights of models of one architecture into one (linear, SLERP, TIES, DARE, SCE, ...)"
     add_config(commands.add_parser("merge", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
-    help_text = "what a store (documents, tokens, source cache, row maps) holds"
-    inspect = commands.add_parser("inspect", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-    inspect.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME")
-    inspect.add_argument("--record", type=int, default=0, metavar="N", help="the record to show (default 0)")
-    inspect.add_argument("--row", type=int, metavar="R", help="the row of a source's cache (default: the middle one)")
-    inspect.add_argument("--verify", action="store_true", help="read everything: checksums, counts, order, mass")
+    _add_inspect(commands)
     help_text = "measure what a part costs on this machine"
     benches = commands.add_parser("bench", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     bench.add_parser(benches, arguments)
     _add_generate(commands)
     return parser
+
+
+def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
+    help_text = "what a store (documents, tokens, source cache, row maps) holds, or how a document is aligned"
+    parser = commands.add_parser(
+        "inspect",
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        usage="%(prog)s STORE [--record N] [--row R] [--verify]\n"
+        "       %(prog)s alignment CONFIG.yaml [key=value ...] [--document ID|N] [--source NAME]\n"
+        "       %(prog)s alignment --text TEXT --target MODEL --source MODEL",
+    )
+    parser.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME; or: alignment")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="alignment: the job whose document is shown")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="alignment: keys of the configuration")
+    parser.add_argument("--record", type=int, default=0, metavar="N", help="the record to show (default 0)")
+    parser.add_argument("--row", type=int, metavar="R", help="the row of a source's cache (default: the middle one)")
+    parser.add_argument("--verify", action="store_true", help="read everything: checksums, counts, order, mass")
+    parser.add_argument("--document", default="0", metavar="ID|N", help="alignment: the document (default 0)")
+    parser.add_argument(
+        "--source", metavar="NAME", help="alignment: the source (default: the first), or with --text a model"
+    )
+    parser.add_argument("--text", help="alignment: show this text in the tokenizers of --target and --source")
+    parser.add_argument("--target", metavar="MODEL", help="alignment, with --text: a model's folder or hub name")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    if options.path != "alignment":
+        from fusejax import inspection, verification
+
+        if options.config is not None or options.text is not None:
+            raise UserError(f"inspect {options.path}: takes one store; `inspect alignment` takes a configuration")
+        if options.verify:
+            verification.verify(options.path)
+        else:
+            inspection.show(options.path, options.record, options.row)
+        return
+    from fusejax.alignment import inspection as alignments
+
+    if options.text is not None:
+        if options.config is not None or not (options.target and options.source):
+            raise UserError("inspect alignment --text: needs --target MODEL and --source MODEL, and no configuration")
+        alignments.show_text(options.text, options.target, options.source)
+    elif options.config is None:
+        raise UserError("inspect alignment: needs a CONFIG.yaml, or --text TEXT --target MODEL --source MODEL")
+    else:
+        alignments.show_document(config.load(options.config, options.overrides), options.document, options.source)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -171,12 +213,7 @@ def _command(arguments: Sequence[str] | None) -> None:
         bench.run(options)
         return
     if options.command == "inspect":
-        from fusejax import inspection, verification
-
-        if options.verify:
-            verification.verify(options.path)
-        else:
-            inspection.show(options.path, options.record, options.row)
+        _inspect(options)
         return
     if options.command == "generate":
         from fusejax.models import generate
