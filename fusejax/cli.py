@@ -91,6 +91,10 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--stride", type=int, help="tokens by which windows advance (default: half a window)")
     text.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one forward pass (default 8192)")
     text.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="(default float32)")
+    text.add_argument(
+        "--ensemble", choices=("probability", "log_probability"), help="what is averaged; adds the models' ensemble"
+    )
+    text.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the ensemble (default: equal)")
     text.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
@@ -107,6 +111,8 @@ def _evaluate_models(options: argparse.Namespace) -> None:
         [options.config, *options.overrides],
         config.check(given, config.CorpusConfig, "--corpus"),
         json_path=options.json,
+        kind=options.ensemble,
+        weights=options.weights,
         max_length=options.max_length,
         stride=options.stride,
         batch_tokens=options.batch_tokens,

@@ -18,8 +18,9 @@ window.
 
 import json
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,73 @@ def measure(
     name: how messages call the model. Raises UserError where the tokenizer does not fit the model, where a value is not
     a number, and where a domain has nothing that can be predicted.
     """
+    sums: dict[str, DomainSums] = {}
+    total = len(documents) if isinstance(documents, Sized) else 0
+    started, n_tokens = time.monotonic(), 0
+    ours, theirs = tee(tokens)
+    losses = token_losses(
+        model,
+        tokenizer,
+        (text["ids"] for text in theirs),
+        max_length=max_length,
+        stride=stride,
+        batch_tokens=batch_tokens,
+        mesh=mesh,
+        name=name,
+    )
+    with progress(f"evaluate {name}", total) as bar:
+        for record, text, ce in zip(documents, ours, losses, strict=True):
+            nats = float(ce.sum(dtype=np.float64))
+            require_number(nats, name, record)
+            domain = sums.setdefault(record["domain"], DomainSums())
+            first, end = scored_span(tokenizer, text["boundaries"])
+            domain.add(DomainSums(nats, end - first, len(ce), 1))
+            n_tokens += len(ce)
+            bar.advance(1, f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
+    require_bytes(sums, name)
+    return sums
+
+
+def scored_span(tokenizer: Tokenizer, boundaries: np.ndarray) -> tuple[int, int]:
+    """(first byte, end) of what is predicted of a document: all of it after a BOS, else all but its first token."""
+    if not len(boundaries):
+        return 0, 0
+    return 0 if tokenizer.adds_bos else int(boundaries[0]), int(boundaries[-1])
+
+
+def require_number(nats: float, name: str, record: dict[str, Any]) -> None:
+    """UserError where a model gave something else."""
+    if not np.isfinite(nats):
+        raise UserError(
+            f"{name}: gives values that are not numbers on held-out document {record['id']}; its weights are damaged, "
+            "or precision.compute should be float32"
+        )
+
+
+def require_bytes(sums: dict[str, DomainSums], name: str) -> None:
+    """UserError where a domain has nothing to predict."""
+    for domain, counted in sums.items():
+        if not counted.bytes:
+            raise UserError(f"held-out domain {domain!r}: none of its documents is longer than one token of {name}")
+
+
+def token_losses(
+    model: Any,
+    tokenizer: Tokenizer,
+    ids: Iterable[np.ndarray],
+    *,
+    max_length: int,
+    stride: int | None = None,
+    batch_tokens: int = 8192,
+    mesh: Mesh | None = None,
+    name: str = "model",
+) -> Iterator[np.ndarray]:
+    """For each document its tokens' cross-entropies, float32 nats; all tokens after a BOS, else all but the first.
+
+    ids: int32 [n] of each document, without special tokens. The other arguments are those of `measure`.
+    """
     check_fits(tokenizer, model.config.vocab_size, name)
+    stride = resolve_stride(stride, max_length)
     scorer = Scorer(
         model,
         k=0,
@@ -92,33 +159,23 @@ def measure(
         batch_tokens=batch_tokens,
         mesh=sharding.make_mesh() if mesh is None else mesh,
     )
+    for together in batched(ids, _WINDOW):
+        yield from _cross_entropies(scorer, tokenizer, together, max_length, stride)
+
+
+def resolve_stride(stride: int | None, max_length: int) -> int:
+    """The stride, by default half a window; UserError where it does not fit the window."""
     stride = max(max_length // 2, 1) if stride is None else stride
     if not 0 < stride <= max_length:
         raise UserError(f"stride: {stride} should be between 1 and the {max_length} tokens of a window")
-    sums: dict[str, DomainSums] = {}
-    window: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    total = len(documents) if isinstance(documents, Sized) else 0
-    started, n_tokens = time.monotonic(), 0
-    with progress(f"evaluate {name}", total) as bar:
+    return stride
 
-        def flush() -> None:
-            nonlocal n_tokens
-            for record, text, ce in _cross_entropies(scorer, tokenizer, window, max_length, stride):
-                _add(sums, tokenizer, record, text, ce, name)
-                n_tokens += len(ce)
-                bar.advance(1, f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
-            window.clear()
 
-        for pair in zip(documents, tokens, strict=True):
-            sums.setdefault(pair[0]["domain"], DomainSums())
-            window.append(pair)
-            if len(window) == _WINDOW:
-                flush()
-        flush()
-    for domain, counted in sums.items():
-        if not counted.bytes:
-            raise UserError(f"held-out domain {domain!r}: none of its documents is longer than one token of {name}")
-    return sums
+def batched(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` values, the last one shorter."""
+    rest = iter(values)
+    while together := list(islice(rest, size)):
+        yield together
 
 
 def bits_per_byte(
@@ -148,59 +205,39 @@ def windows(n_inputs: int, max_length: int, stride: int) -> list[tuple[int, int,
     return found
 
 
+def windowed(
+    documents: Sequence[np.ndarray], tokenizer: Tokenizer, max_length: int, stride: int
+) -> tuple[list[np.ndarray], list[np.ndarray], list[tuple[int, int]]]:
+    """(inputs, labels, (document, first label that counts)) of every window of every document."""
+    inputs: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    owners: list[tuple[int, int]] = []
+    for document, ids in enumerate(documents):
+        line, following = inputs_and_labels(ids, tokenizer)
+        line, following = line[:-1], following[:-1]  # the last label is EOS
+        for start, counted, end in windows(len(line), max_length, stride):
+            inputs.append(line[start:end])
+            labels.append(following[start:end])
+            owners.append((document, counted - start))
+    return inputs, labels, owners
+
+
 def _cross_entropies(
-    scorer: Scorer,
-    tokenizer: Tokenizer,
-    window: list[tuple[dict[str, Any], dict[str, Any]]],
-    max_length: int,
-    stride: int,
-) -> Iterable[tuple[dict[str, Any], dict[str, Any], np.ndarray]]:
-    """(document, tokens, CE of every predicted token in nats) of each document, in the order of the window.
+    scorer: Scorer, tokenizer: Tokenizer, documents: Sequence[np.ndarray], max_length: int, stride: int
+) -> Iterator[np.ndarray]:
+    """`token_losses` of a few documents.
 
     Sums are rounded, so they are taken in an order that does not depend on how documents shared batches.
     """
-    inputs: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    owners: list[tuple[int, int]] = []  # document, first label that counts
-    for document, (_, text) in enumerate(window):
-        line = inputs_and_labels(text["ids"], tokenizer)
-        line = line[0][:-1], line[1][:-1]  # the last label is EOS
-        for start, counted, end in windows(len(line[0]), max_length, stride):
-            inputs.append(line[0][start:end])
-            labels.append(line[1][start:end])
-            owners.append((document, counted - start))
+    inputs, labels, owners = windowed(documents, tokenizer, max_length, stride)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(inputs)
     for places, scores in scorer(inputs, labels):
         for place, part in zip(places, scores, strict=True):
             found[place] = part.ce[owners[place][1] :]
-    parts: list[list[np.ndarray]] = [[] for _ in window]
+    parts: list[list[np.ndarray]] = [[] for _ in documents]
     for (document, _), ce in zip(owners, found, strict=True):
         parts[document].append(ce)
-    for (record, text), ces in zip(window, parts, strict=True):
-        yield record, text, np.concatenate(ces)
-
-
-def _add(
-    sums: dict[str, DomainSums],
-    tokenizer: Tokenizer,
-    record: dict[str, Any],
-    text: dict[str, Any],
-    ce: np.ndarray,
-    name: str,
-) -> None:
-    nats = float(ce.sum(dtype=np.float64))
-    if not np.isfinite(nats):
-        raise UserError(
-            f"{name}: gives values that are not numbers on held-out document {record['id']}; its weights are damaged, "
-            "or precision.compute should be float32"
-        )
-    first = 0 if tokenizer.adds_bos or not len(text["boundaries"]) else int(text["boundaries"][0])
-    end = int(text["boundaries"][-1]) if len(text["boundaries"]) else 0
-    domain = sums[record["domain"]]
-    domain.nats += nats
-    domain.bytes += end - first
-    domain.tokens += len(ce)
-    domain.documents += 1
+    yield from (np.concatenate(ces) for ces in parts)
 
 
 def run(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fusejax import models, sharding, store, tokenizers
 from fusejax.config import CorpusConfig, MeshConfig, ModelConfig
 from fusejax.corpus import Document, read_documents
 from fusejax.errors import UserError
+from fusejax.evaluation import ensemble
 from fusejax.evaluation.perplexity import DomainSums, measure, with_average
 from fusejax.progress import console, say
 from fusejax.tokenizers import Tokenizer
@@ -54,6 +56,47 @@ def measure_corpus(
     )
 
 
+def measure_ensemble_of(
+    given: Sequence[ModelConfig],
+    corpus: CorpusConfig,
+    *,
+    kind: ensemble.Average = "probability",
+    weights: Sequence[float] | None = None,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int = 8192,
+    compute: str = "float32",
+    mesh: MeshConfig | None = None,
+) -> dict[str, DomainSums]:
+    """The sums of every domain of a corpus under an ensemble of models; see `fusejax.evaluation.ensemble`.
+
+    max_length: default the least of the contexts that the models were made for. The others as in `measure_corpus`.
+    """
+    on_mesh, dtype = sharding.make_mesh(mesh or MeshConfig(fsdp=len(jax.devices()))), jnp.dtype(compute)
+    documents = list(read_documents(corpus))
+    contexts = [models.read_config(model.model, model.revision)[1].max_length for model in given]
+
+    def member(model: ModelConfig) -> ensemble.Member:
+        tokenizer = tokenizers.for_model(model)
+        encoded = tokenizer.encode_batch([document.text for document in documents])
+        tokens = [{"ids": ids, "boundaries": boundaries} for ids, boundaries in encoded]
+        load = partial(
+            models.load, model.model, mesh=on_mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision
+        )
+        return ensemble.Member(model.label, tokenizer, tokens, load)
+
+    return ensemble.measure_ensemble(
+        [member(model) for model in given],
+        [{"id": document.id, "domain": document.domain} for document in documents],
+        weights=weights,
+        average=kind,
+        max_length=max_length or min(contexts),
+        stride=stride,
+        batch_tokens=batch_tokens,
+        mesh=on_mesh,
+    )
+
+
 def average(sums: dict[str, DomainSums]) -> float:
     """The mean over domains of bits per byte."""
     return with_average({domain: s.bits_per_byte for domain, s in sums.items()})["average"]
@@ -75,8 +118,15 @@ def _tokenized(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[Doc
     yield from flush()
 
 
-def run(names: Sequence[str], corpus: CorpusConfig, json_path: str | None = None, **options: Any) -> None:
-    """Measure every model, show the table, and write all numbers to `json_path`."""
+def run(
+    names: Sequence[str],
+    corpus: CorpusConfig,
+    json_path: str | None = None,
+    kind: ensemble.Average | None = None,
+    weights: Sequence[float] | None = None,
+    **options: Any,
+) -> None:
+    """Measure every model, and with `kind` their ensemble; show the table, and write all numbers to `json_path`."""
     given = [ModelConfig(model=name) for name in names]
     labels = [model.label for model in given]
     if len(set(labels)) < len(labels):
@@ -86,6 +136,8 @@ def run(names: Sequence[str], corpus: CorpusConfig, json_path: str | None = None
     results = {}
     for label, model in zip(labels, given, strict=True):
         results[label] = measure_corpus(model, corpus, **options)
+    if kind is not None:
+        results["ensemble"] = measure_ensemble_of(given, corpus, kind=kind, weights=weights, **options)
     show(results)
     if json_path is not None:
         values = {
