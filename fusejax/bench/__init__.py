@@ -21,6 +21,10 @@ from fusejax.errors import UserError
 
 # WHAT → (module, one line of help).
 BENCHES = {
+    "align": (
+        "fusejax.bench.align",
+        "row maps and token maps of tokenizers, against a plain restatement of the reference",
+    ),
     "loss": ("fusejax.bench.loss", "the fused loss, forward and backward, against plain and dense cross-entropies"),
     "sources": ("fusejax.bench.sources", "filling a source's cache, against its bare forward pass and torch's"),
 }

@@ -126,6 +126,30 @@ def device_peak_bytes() -> int | None:
     return counts.get("peak_bytes_in_use") if counts else None
 
 
+def resident_bytes(reset_peak: bool = False) -> int | None:
+    """Memory of this process now, of which a new peak is counted from here on; None where the system does not say."""
+    if reset_peak:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+    return _process_status("VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory of this process since `resident_bytes(reset_peak=True)`."""
+    return _process_status("VmHWM")
+
+
+def _process_status(key: str) -> int | None:
+    path = Path("/proc/self/status")
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        name, _, value = line.partition(":")
+        if name == key:
+            return 1024 * int(value.split()[0])
+    return None
+
+
 def threads() -> int:
     """Processor cores that this process may use; XLA's CPU backend starts as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
