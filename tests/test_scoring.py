@@ -9,7 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusejax import models, scoring, sharding
+from fusejax import scoring, sharding
 from fusejax.errors import UserError
 
 V, D = 50, 8
@@ -24,8 +24,6 @@ class Settings:
 
 class RunningMean(nnx.Module):
     """The smallest causal model: the state of a token is the mean embedding so far."""
-
-    config = SimpleNamespace(logit_softcap=None)
 
     def __init__(self, seed=0):
         keys = jax.random.split(jax.random.key(seed))
@@ -143,17 +141,3 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
         scoring.check_fits(tokenizer(), 4, "m")
     with pytest.raises(UserError, match="token id 9"):
         scoring.check_fits(tokenizer(bos_id=9, adds_bos=True), 5, "m")
-
-
-def test_capped_and_biased_logits_are_the_models():
-    """As Gemma 2 (a soft cap) and GPT-J (a bias of the logits) have them."""
-    config = models.DecoderConfig(
-        vocab_size=V, d_model=8, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=4, d_mlp=8, max_length=32, rotary_dim=4,
-        logit_softcap=0.5, output_bias=True, initializer_std=1.0,
-    )  # fmt: skip
-    model = models.init(config, 0)
-    model.output_bias.set_value(jnp.linspace(-1, 1, V))
-    inputs, labels = documents(3)
-    for ids, wanted, found in zip(inputs, labels, collect(scorer(model), inputs, labels), strict=True):
-        logprobs = np.asarray(jax.nn.log_softmax(model(ids[None])[0]))
-        np.testing.assert_allclose(found.ce, -logprobs[np.arange(len(ids)), wanted], rtol=0, atol=1e-5)

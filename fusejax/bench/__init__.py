@@ -25,6 +25,7 @@ BENCHES = {
         "fusejax.bench.align",
         "row maps and token maps of tokenizers, against a plain restatement of the reference",
     ),
+    "load": ("fusejax.bench.load", "loading a checkpoint: time, and host memory beyond what stays"),
     "loss": ("fusejax.bench.loss", "the fused loss, forward and backward, against plain and dense cross-entropies"),
     "sources": ("fusejax.bench.sources", "filling a source's cache, against its bare forward pass and torch's"),
 }

@@ -17,7 +17,7 @@ from flax import nnx
 
 from fusejax import store
 from fusejax.config import AttentionBackend, Remat
-from fusejax.models import convert, families, files
+from fusejax.models import families, files, loading
 from fusejax.models.config import DecoderConfig
 from fusejax.models.decoder import Decoder, fill
 from fusejax.models.families import decoder_config, hf_config
@@ -60,7 +60,7 @@ def load(
     folder = local_folder(path_or_repo, revision)
     values, config = read_config(folder)
     family = families.find(values, str(folder / "config.json"))
-    return convert.load_params(
+    return loading.load_params(
         Decoder(config, compute_dtype, remat, unroll, attention, mesh), folder, family, mesh, dtype
     )
 

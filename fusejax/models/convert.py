@@ -15,15 +15,26 @@ from flax import nnx
 from fusejax.errors import UserError
 from fusejax.models import files
 from fusejax.models.config import DecoderConfig
-from fusejax.models.decoder import Decoder, fill
+from fusejax.models.decoder import Decoder
 from fusejax.models.families import Family, Tensor
-from fusejax.progress import progress
-
-_SHOW_PROGRESS_ABOVE = 1 << 29  # bytes of parameters
 
 Shapes = dict[str, tuple[int, ...]]  # parameter path → shape of one layer
-# path → (layer, entry of the first dimension or None for all, stored, table entry, part)
-Views = dict[str, list[tuple[int, int | None, files.StoredTensor, Tensor, int]]]
+
+
+class View(NamedTuple):
+    """A stored tensor and the parameter's part that it holds."""
+
+    at: tuple[int, ...]  # the entry of the parameter's first dimensions: of the layers, and of the experts
+    stored: files.StoredTensor
+    tensor: Tensor
+    part: int
+
+    def read(self, shapes: Shapes) -> np.ndarray:
+        """The part, mapped rather than copied."""
+        return to_param(self.tensor, self.stored.read(), self.part, shapes)
+
+
+Views = dict[str, list[View]]  # by the parameter's path
 
 
 class Named(NamedTuple):
@@ -147,7 +158,8 @@ def match(folder: Path, family: Family, config: DecoderConfig, headers_only: boo
                 known.add(copy)
                 _check_copy(copy, stored[copy], names[0], found, headers_only)
         for part, param in enumerate(tensor.params):
-            views[param].append((layer, entry, found, tensor, part))
+            at = ((layer,) if param.startswith("blocks.") else ()) + (() if entry is None else (entry,))
+            views[param].append(View(at, found, tensor, part))
     for name in stored.keys() - known:
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             raise UserError(f"{stored[name].file}: tensor {name} is unknown: {family.architecture} has none such")
@@ -170,48 +182,6 @@ def _check_copy(name: str, copy: files.StoredTensor, of: str, original: files.St
             f"{copy.file}: tensor {name} differs from {of}, though config.json ties them; "
             f"set tie_word_embeddings to false, or remove the tensor"
         )
-
-
-def load_params(model: Decoder, folder: Path, family: Family, mesh: Any, dtype: Any) -> Decoder:
-    """`model` with the folder's weights, each placed straight on its devices.
-
-    Tensors are mapped, not read, so a device reads the part of each that it holds; beside the files' mapping, the host
-    holds one parameter's shard at a time. Without a mesh the parameters go to the default device.
-    """
-    views, shapes = match(folder, family, model.config), param_shapes(model.config)
-    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1])) * jnp.dtype(dtype).itemsize
-    if size < _SHOW_PROGRESS_ABOVE:
-        return fill(model, lambda path, variable: _place(views, shapes, path, variable, mesh, dtype))
-    with progress(f"load {folder.name}", total=len(shapes)) as bar:
-
-        def make(path: tuple[Any, ...], variable: nnx.Param) -> jax.Array:
-            bar.advance(1, path[-2] if len(path) > 1 else path[0])
-            return _place(views, shapes, path, variable, mesh, dtype)
-
-        return fill(model, make)
-
-
-def _place(
-    views: Views, shapes: Shapes, path: tuple[Any, ...], variable: nnx.Param, mesh: Any, dtype: Any
-) -> jax.Array:
-    shape, param = tuple(variable.shape), dotted(path)
-    stacked = path[0] == "blocks"
-
-    def shard(index: Any) -> np.ndarray:
-        starts, stops, _ = zip(*(cut.indices(size) for cut, size in zip(index, shape, strict=True)), strict=True)
-        result = np.empty(np.subtract(stops, starts), jnp.dtype(dtype))
-        for layer, entry, stored, tensor, part in views[param]:
-            at = ((layer,) if stacked else ()) + (() if entry is None else (entry,))
-            own = tuple(np.subtract(at, starts[: len(at)]).tolist())  # where this part is in the shard, if it is
-            if all(0 <= i < size for i, size in zip(own, result.shape, strict=False)):
-                result[own] = to_param(tensor, stored.read(), part, shapes)[index[len(at) :]]
-        return result
-
-    if mesh is None:
-        return jnp.asarray(shard(tuple(slice(0, size) for size in shape)))
-    from fusejax import sharding
-
-    return jax.make_array_from_callback(shape, sharding.named(mesh, variable.get_metadata()["axes"], shape), shard)
 
 
 def stored_tensors(model: Decoder, family: Family, dtype: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:

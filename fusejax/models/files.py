@@ -1,6 +1,8 @@
 """Model folders: a local folder or a hub name, its configuration, and its weight files as lazy arrays."""
 
 import json
+import math
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ _HASHED_WHOLE = 256 << 20  # bytes; larger weight files are hashed by samples
 class StoredTensor:
     """A tensor in a file; `read()` gives its numpy array, mapped rather than copied.
 
+    `release()` gives the memory of the file's mapping back, until it is read again; PyTorch's files keep it.
     `dtype` is None where it is none that parameters have, and then it cannot be read; `stored_as` names it.
     """
 
@@ -44,6 +47,7 @@ class StoredTensor:
     dtype: Any
     stored_as: str
     read: Callable[[], np.ndarray]
+    release: Callable[[], None] = lambda: None
 
 
 def local_folder(path_or_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -174,15 +178,19 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if path.stat().st_size > 8 + length else b""
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); copy or download it again") from None
 
     def stored(entry: dict[str, Any]) -> StoredTensor:
-        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        shape, begin = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
         dtype = DTYPES.get(entry["dtype"])
-        read = lambda: np.frombuffer(data[begin:end], dtype).reshape(shape)  # noqa: E731
-        return StoredTensor(path, shape, dtype, entry["dtype"], read)
+        read = lambda: np.frombuffer(mapped, dtype, math.prod(shape), begin).reshape(shape)  # noqa: E731
+        return StoredTensor(path, shape, dtype, entry["dtype"], read, release)
+
+    def release() -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     return {name: stored(entry) for name, entry in header.items() if name != "__metadata__"}
 

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +82,13 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_load_measures_memory_beyond_what_stays(tmp_path, tiny_models):
+    result = run(tmp_path, "load", "--model", tiny_models["coarse"], "--repeats", "1")
+    seconds, rate, beyond = result["cases"]
+    assert seconds["unit"] == "s"
+    assert rate["value"] == pytest.approx(beyond["checkpoint_bytes"] / 1e9 / seconds["value"])
+    assert beyond["bound_bytes"] > beyond["largest_tensor_bytes"] == 352 * 16 * 4
+    assert beyond["ratio"] == pytest.approx(beyond["value"] * 1e6 / beyond["bound_bytes"])

@@ -5,11 +5,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from model_zoo import CASES
 from safetensors.numpy import load_file, save_file
 
-from fusejax import export, models
+from fusejax import export, models, sharding
 from fusejax.errors import UserError
-from fusejax.models import convert, families
+from fusejax.models import convert, families, loading
 
 LLAMA = models.DecoderConfig(
     vocab_size=20, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, d_mlp=12, max_length=16, rotary_dim=4
@@ -46,8 +47,18 @@ def test_round_trip(folder):
     equal(models.load(folder), models.init(LLAMA, 0))
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral", "falcon-new", "stablelm-qk_layernorm", "gpt2"])
+@pytest.mark.parametrize("with_mesh", [False, True])
+def test_large_parameters_are_written_piece_by_piece(name, with_mesh, tmp_path, monkeypatch):
+    config = models.decoder_config(CASES[name])
+    export.save(models.init(config, 0), CASES[name], tmp_path / "model", max_shard_bytes=20_000)
+    monkeypatch.setattr(loading, "_SMALL", 0)
+    mesh = sharding.make_mesh() if with_mesh else None
+    equal(models.load(tmp_path / "model", mesh), models.init(config, 0))
+
+
 def test_large_models_show_progress(folder, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "_SHOW_PROGRESS_ABOVE", 0)
+    monkeypatch.setattr(loading, "_SHOW_PROGRESS_ABOVE", 0)
     equal(models.load(folder), models.init(LLAMA, 0))
     assert "load model: 12/12" in capsys.readouterr().out
 

@@ -114,8 +114,10 @@ def test_init_depends_on_the_seed_alone():
 
 _ON_EIGHT_DEVICES = """
 import sys, jax, numpy as np
+from flax import nnx
 from fusejax import models, sharding
 from fusejax.config import MeshConfig
+from fusejax.models import loading
 ids = np.load(sys.argv[2])
 alone = models.load(sys.argv[1])
 def logits(model):
@@ -129,6 +131,10 @@ for shape in ((2, 2, 2), (1, 8, 1), (1, 1, 8)):
     assert kernel.sharding == models.shardings(model.config, mesh).blocks.mlp.up.kernel.get_value()
     np.testing.assert_allclose(logits(model), wanted, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(kernel, models.load(sys.argv[1]).blocks.mlp.up.kernel[...])
+    loading._SMALL, small = 0, loading._SMALL
+    streamed = models.load(sys.argv[1], mesh=mesh)
+    loading._SMALL = small
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(streamed), nnx.state(alone))
     random = models.init(model.config, 3, mesh=mesh)
     np.testing.assert_array_equal(random.embedding[...], models.init(model.config, 3).embedding[...])
 print("equal")

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusejax import alignment, metrics, models, sharding, sources, training
+from fusejax import alignment, metrics, sharding, sources, training
 from fusejax.batches import Batches
 from fusejax.errors import UserError
 
@@ -78,20 +78,3 @@ def test_other_optimizers_learn(job, kind):
     training.train(config, "fused")
     history = metrics.read(config.folder)
     assert history[-1]["clm_loss"] < history[0]["clm_loss"] - 0.1
-
-
-def test_the_loss_is_that_of_capped_logits(make_job):
-    """As Gemma 2's, whose soft cap comes after the unembedding."""
-    decoder_config = models.DecoderConfig(
-        vocab_size=40, d_model=8, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=4, d_mlp=8, max_length=8, rotary_dim=4,
-        logit_softcap=0.5, initializer_std=1.0,
-    )  # fmt: skip
-    model = models.init(decoder_config, 0)
-    ids = np.random.default_rng(0).integers(0, 40, (2, 8))
-    batch = {
-        "ids": ids, "labels": np.roll(ids, -1, 1), "segment_ids": np.ones_like(ids),
-        "positions": np.tile(np.arange(8), (2, 1)),
-    }  # fmt: skip
-    total, _ = training.step.batch_sums(make_job(), model, batch, [], jnp.float32(1))
-    logprobs = np.asarray(jax.nn.log_softmax(model(ids)))
-    np.testing.assert_allclose(total, -np.take_along_axis(logprobs, batch["labels"][..., None], -1).sum(), rtol=1e-5)
