@@ -117,7 +117,7 @@ def _synthetic(folder: Path, size: int, n_files: int) -> None:
         (named.name, convert.stored_shape(named.tensor, shapes))
         for named in convert.expected(family.tensors(made), made, shapes)
     ]
-    rng, weight_map = np.random.default_rng(0), {}
+    rng, weight_map = np.random.default_rng(0), dict[str, str]()
     for i, part in enumerate(np.array_split(np.arange(len(names)), n_files), 1):
         file = f"model-{i:05d}-of-{n_files:05d}.safetensors"
         tensors = {name: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
