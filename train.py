@@ -29,17 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan.show(job)
         return
 
-    from fusejax import alignment, corpus, evaluation, preflight, report, sources, store, training
+    from fusejax import alignment, corpus, distributed, evaluation, preflight, report, sources, training
 
+    distributed.start(job)  # with the other processes, where there are several
     preflight.check(job)  # what would fail after hours
-    with store.locked(job.folder):
-        corpus.prepare(job)  # documents, tokens, boundaries
+    with distributed.locked(job.folder):
+        distributed.alone("prepare", lambda: corpus.prepare(job))  # documents, tokens, boundaries
         sources.run(job)  # every source's top-k distributions
         alignment.run(job)  # row maps and token maps
         training.run(job)  # fusion and loss, on packed batches
         training.export(job)  # Hugging Face folders
-        evaluation.run(job)  # bits per byte, before and after
-        report.run(job)  # report.json, report.html
+        distributed.alone("evaluate", lambda: evaluation.run(job))  # bits per byte, before and after
+        distributed.alone("report", lambda: report.run(job))  # report.json, report.html
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ and the order does not depend on how many processes or threads make the batches.
 
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -93,7 +93,7 @@ class Batches:
         n = self._config.batch.sequences
         return [self._sequence(step * n + i) for i in range(n)]
 
-    def batch(self, step: int, rows: range | None = None) -> Arrays:
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Arrays:
         """Batch `step`, or only its sequences `rows`. After the last epoch's documents come empty sequences."""
         if not 0 <= step < self.steps_total:
             raise IndexError(f"step {step} of {self.steps_total}")
@@ -111,7 +111,7 @@ class Batches:
         return one_segment(out) if self._config.compat else out
 
     def iterate(
-        self, start: int = 0, stop: int | None = None, rows: range | None = None, ahead: int = 2
+        self, start: int = 0, stop: int | None = None, rows: Sequence[int] | None = None, ahead: int = 2
     ) -> Iterator[tuple[int, Arrays]]:
         """(step, batch) from `start` on; a thread makes up to `ahead` batches in advance."""
         steps = iter(range(start, self.steps_total if stop is None else stop))
@@ -199,7 +199,7 @@ def _submit(
     waiting: deque[tuple[int, Future[Arrays]]],
     batches: Batches,
     steps: Iterator[int],
-    rows: range | None,
+    rows: Sequence[int] | None,
 ) -> None:
     step = next(steps, None)
     if step is not None:

@@ -4,11 +4,14 @@ A save that was cut off leaves a temporary folder that is never taken for a chec
 """
 
 import logging
+from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from fusejax.config import CheckpointConfig
 from fusejax.errors import UserError
@@ -25,8 +28,14 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
         self.folder = make_folder(folder).resolve()
+        policies: list[Any] = [preservation.LatestN(config.keep)]
+        if config.keep_best:
+            least = {"get_metric_fn": itemgetter("loss"), "reverse": True, "keep_checkpoints_without_metrics": False}
+            policies.append(preservation.BestN(n=config.keep_best, **least))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=preservation.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -47,17 +56,32 @@ class Checkpoints:
         """The step of the latest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Save a pytree of arrays as step `step`; returns when the arrays are copied."""
+    def wait(self) -> None:
+        """Until the last save is whole."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # of the background save: of what type depends on the storage
+            raise writing_failed(self.folder, error) from None
+
+    def save(self, step: int, state: Any, about: Mapping[str, Any], loss: float | None = None) -> None:
+        """Save a pytree of arrays as step `step`, with `about` (JSON) beside it; returns when the arrays are copied.
+
+        loss: by which `checkpoint.keep_best` chooses.
+        """
         if step == self.latest():
             return
         # Asked first: on a full disk the library's threads write pages of their own. Compression saves a little of it.
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         require_space(self.folder, size + (1 << 20))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(dict(about)))
         try:
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+            self._manager.save(step, args=arguments, metrics=None if loss is None else {"loss": loss})
         except (OSError, ValueError, RuntimeError) as error:
             raise writing_failed(self.folder, error) from None
+
+    def about(self) -> dict[str, Any]:
+        """What was saved beside the latest checkpoint."""
+        return self._manager.restore(self.latest(), args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
     def restore(self, like: Any) -> tuple[int, Any]:
         """(step, state) of the latest checkpoint, laid out as `like`: arrays or shapes with dtypes and shardings."""

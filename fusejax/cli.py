@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from fusejax import __version__, bench, config
-from fusejax.errors import UserError
+from fusejax.errors import Resumable, UserError
 
 # What the stages do, in the order in which `train.py` runs them.
 STAGES = {
@@ -22,6 +24,9 @@ STAGES = {
     "evaluate": "bits per byte of every model on held-out documents",
     "report": "write report.json and report.html",
 }
+
+
+ALONE = ("prepare", "evaluate", "report")  # in a job of several processes, the first one does these
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,8 +45,9 @@ def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str
     try:
         command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+    except Resumable as error:
+        _end(f"stopped: {error}", Resumable.STATUS)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -49,8 +55,24 @@ def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str
         kinds = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
         if error.errno not in kinds:
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error.filename or 'output'}: {error.strerror}", 2)
+    except Exception as error:
+        processes = sys.modules.get("fusejax.distributed")
+        if processes is None or not processes.several():
+            raise
+        found = processes.find_lost(error)
+        if found is None:
+            traceback.print_exc()
+        _end(f"error: {found or error}", Resumable.STATUS if found else 1)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    """Say why and leave; one of several processes does not wait for the others, which would wait for it."""
+    print(line, file=sys.stderr)
+    processes = sys.modules.get("fusejax.distributed")
+    if processes is not None and processes.several():
+        processes.leave(status)
+    sys.exit(status)
 
 
 def _interrupted(*_: object) -> None:
@@ -240,10 +262,15 @@ def _command(arguments: Sequence[str] | None) -> None:
 
         plan.show(job)
         return
-    from fusejax.store import locked
+    from fusejax import distributed
 
-    with locked(job.folder):
-        stage(options.command)(job)
+    distributed.start(job)
+    with distributed.locked(job.folder):
+        chosen = stage(options.command)
+        if options.command in ALONE:
+            distributed.alone(options.command, lambda: chosen(job))
+        else:
+            chosen(job)
 
 
 def stage(name: str) -> Callable[[config.Config], None]:

@@ -166,8 +166,20 @@ class CheckpointConfig(Section):
     """Orbax checkpoints of the training state."""
 
     every: int = Field(500, ge=1)  # steps
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1)  # the latest
+    keep_best: int = Field(0, ge=0)  # and those before which the loss was least
     resume: bool = True  # go on from the latest checkpoint
+
+
+class DistributedConfig(Section):
+    """Several processes, each on its own devices; see `fusejax.distributed`. Default: what the cluster says."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0; also JAX_COORDINATOR_ADDRESS
+    processes: int | None = Field(None, ge=1)  # also JAX_NUM_PROCESSES
+    process: int | None = Field(None, ge=0)  # this one's number; also JAX_PROCESS_ID
+    local_devices: tuple[int, ...] | None = None  # numbers of this process' GPUs; default: all, or as Slurm says
+    devices: int | None = Field(None, ge=1)  # how many are expected in all: fewer or more is an error
+    timeout_s: float = Field(120.0, ge=5)  # a process that is missing or gone for so long ends the job
 
 
 class EvaluationConfig(Section):
@@ -214,6 +226,7 @@ class Config(Section):
     remat: Remat = "none"  # what the backward pass computes again
     attention: AttentionBackend = "auto"  # auto: the fastest that honours what each model needs
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compat: Literal["fusellm"] | None = None  # reproduce the paper's code, its quirks included; see docs/fusion.md
     output: str = ""

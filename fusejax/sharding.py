@@ -37,11 +37,16 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
     Raises UserError where the mesh asks for more devices than there are.
     """
     shape = (config.data, config.fsdp, config.tensor) if config else (1, 1, 1)
-    devices, needed = jax.devices(), int(np.prod(shape))
+    devices, needed = jax.devices() if config else jax.local_devices(), int(np.prod(shape))
     if needed > len(devices):
         raise UserError(
             f"mesh: data x fsdp x tensor = {shape[0]} x {shape[1]} x {shape[2]} needs {needed} devices, "
             f"here {'is' if len(devices) == 1 else 'are'} {len(devices)} ({devices[0].platform})"
+        )
+    if config and needed < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh: data x fsdp x tensor = {shape[0]} x {shape[1]} x {shape[2]} takes {needed} of the {len(devices)} "
+            f"devices of {jax.process_count()} processes; it should take all"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
 
@@ -97,12 +102,45 @@ def attention_specs(mesh: Mesh, rows: int, n_heads: int, n_kv_heads: int) -> tup
     return PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays of the whole batch, [B, ...] each, as global arrays split over the mesh."""
+def local_mesh(config: MeshConfig | None = None) -> Mesh:
+    """A mesh of this process' own devices, for work that is split by document over the processes.
+
+    In a job of one process it is that of the configuration. Else `tensor` stays as it is where this process has so many
+    devices, and the rest of them is `fsdp`.
+    """
+    if jax.process_count() == 1:
+        return make_mesh(config)
+    devices = jax.local_devices()
+    tensor = config.tensor if config and len(devices) % config.tensor == 0 else 1
+    shape = (1, len(devices) // tensor, tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def local_rows(n: int, mesh: Mesh) -> list[int]:
+    """Which of a batch's n rows this process' devices hold."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((n,)).values()
+    return sorted({row for place in places if place for row in range(*place[0].indices(n))})
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, n: int | None = None) -> dict[str, jax.Array]:
+    """Host arrays [B, ...] as global arrays split over the mesh.
+
+    n: rows of the whole batch, where the arrays hold this process' `local_rows(n, mesh)` alone; default: they hold all.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()
-    }
+    at = None if n is None else {row: i for i, row in enumerate(local_rows(n, mesh))}
+
+    def put(array: np.ndarray) -> jax.Array:
+        if n is None or at is None:
+            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(n)
+            return array[at[start] : at[start] + stop - start]
+
+        return jax.make_array_from_callback((n, *array.shape[1:]), sharding, part)
+
+    return {name: put(array) for name, array in batch.items()}
 
 
 def put_parameter(array: np.ndarray, mesh: Mesh, spec: tuple[Any, ...]) -> jax.Array:

@@ -20,10 +20,11 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import models, sharding, tokenizers
+from fusejax import distributed, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -73,9 +74,15 @@ def _cache(config: Config, source: ModelConfig) -> None:
     if writer.done:
         say(f"source {source.label}: done before, skipped")
         return
-    todo = writer.missing()
+    # Shards are split over the processes; what each holds does not depend on how many there are.
+    todo = [(shard, span) for shard, span in writer.missing() if shard % jax.process_count() == jax.process_index()]
     if todo:
         _run_model(config, source, tokenizer, tokens, writer, todo)
+    distributed.barrier(f"source {source.label}")
+    distributed.alone(f"source {source.label}: manifest", lambda: _finish(source, tokens, writer))
+
+
+def _finish(source: ModelConfig, tokens: Store, writer: StoreWriter) -> None:
     counts = _total(writer.notes())
     if counts["broken"]:
         say(
@@ -109,7 +116,7 @@ def _run_model(
     todo: list[tuple[int, range]],
 ) -> None:
     """Load the model and write the shards `todo`."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.local_mesh(config.mesh)
     compute = jnp.dtype(config.precision.compute)
     model = models.load(
         source.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=source.revision,

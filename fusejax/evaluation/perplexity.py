@@ -288,7 +288,7 @@ def evaluate(
         return before
     result = known.get(fingerprint(inputs))
     if result is None:
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = sharding.local_mesh(config.mesh)
         compute = jnp.dtype(config.precision.compute)
         decoder = models.load(
             model.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=model.revision,

@@ -7,87 +7,144 @@ from typing import Any
 
 import jax
 
-from fusejax import flops, metrics, sharding, store
+from fusejax import distributed, flops, metrics, sharding, store
 from fusejax.batches import Batches
 from fusejax.checkpoint import Checkpoints
 from fusejax.config import Config, dump
-from fusejax.errors import UserError
-from fusejax.progress import progress, say
+from fusejax.errors import Resumable, UserError
+from fusejax.progress import progress, say, warn
+from fusejax.training import preemption
 from fusejax.training.meter import Meter
-from fusejax.training.runs import forget, read_record, run_folder, run_inputs, runs
+from fusejax.training.runs import code_fingerprint, forget, read_record, run_folder, run_inputs, runs
 from fusejax.training.state import Trainer
 
 
 def run(config: Config) -> None:
     """The stage `train`. Raises UserError where an earlier stage is missing or made from something else."""
-    store.write_atomically(config.folder / "config.yaml", dump(config))
+    if jax.process_index() == 0:
+        store.write_atomically(config.folder / "config.yaml", dump(config))
     for name in runs(config):
         train(config, name)
 
 
 def train(config: Config, name: str) -> None:
-    """One run, from its latest checkpoint to its last step."""
+    """One run, from its latest checkpoint to its last step. Raises Resumable where SIGTERM came, all being saved."""
     folder = run_folder(config, name)
     inputs = run_inputs(config, name)
-    record = read_record(folder)
-    if not config.checkpoint.resume:
-        forget(folder)
-        record = None
-    if record is not None:
-        remedy = "use --no-resume to train anew, or choose another `output`"
-        store.check_inputs(folder / "training.json", record["inputs"], inputs, remedy)
-        if record["done"]:
-            say(f"train {name}: done before, skipped")
-            return
-    store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
+    record: dict[str, Any] | None = json.loads(distributed.tell("record", json.dumps(_begin(config, folder, inputs))))
+    if record is not None and record["done"]:
+        say(f"train {name}: done before, skipped")
+        return
     with_sources = bool(config.sources) and name == "fused"
     batches = Batches(config, with_sources=with_sources)
     trainer = Trainer.make(config, batches.steps_total, with_sources)
     started = time.monotonic()
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
-        summary = _loop(trainer, batches, checkpoints, folder, name)
+        summary = Loop(trainer, batches, checkpoints, folder, name).run()
     summary["seconds"] = time.monotonic() - started
     done = {"inputs": inputs, "done": True, "steps": trainer.steps_total, "throughput": summary}
-    store.write_atomically(folder / "training.json", json.dumps(done, indent=1))
+    if jax.process_index() == 0:
+        store.write_atomically(folder / "training.json", json.dumps(done, indent=1))
 
 
-def _loop(trainer: Trainer, batches: Batches, checkpoints: Checkpoints, folder: Path, name: str) -> dict[str, Any]:
+def _begin(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """What process 0 knows of an earlier start of the run, after checking that it is the same run."""
+    if jax.process_index() > 0:
+        return None
+    if not config.checkpoint.resume:
+        forget(folder)
+    record = read_record(folder)
+    if record is not None:
+        remedy = "use --no-resume to train anew, or choose another `output`"
+        store.check_inputs(folder / "training.json", record["inputs"], inputs, remedy)
+    if record is None or not record["done"]:
+        store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
+    return record
+
+
+class Loop:
     """Steps until the last one; metrics are read one step late, so that the device never waits for the host."""
-    config, total, state = trainer.config, trainer.steps_total, trainer.state
-    first = 0
-    if checkpoints.latest() is not None:
-        first, state = checkpoints.restore(state)
-        say(f"train {name}: goes on from step {first} of {total}")
-    log = metrics.Metrics(folder, first)
-    meter = Meter(flops.training_per_token(trainer.model_config, config.max_length), trainer.mesh.size)
-    labels = [source.label for source in config.sources]
-    waiting: tuple[int, dict[str, jax.Array]] | None = None
 
-    def flush() -> str:
-        if waiting is None:
+    def __init__(self, trainer: Trainer, batches: Batches, checkpoints: Checkpoints, folder: Path, name: str) -> None:
+        self._trainer, self._config, self._total = trainer, trainer.config, trainer.steps_total
+        self._batches, self._checkpoints, self._folder, self._name = batches, checkpoints, folder, name
+        self._labels = [source.label for source in trainer.config.sources]
+        self._meter = Meter(
+            flops.training_per_token(trainer.model_config, trainer.config.max_length), trainer.mesh.size
+        )
+        self._waiting: tuple[int, dict[str, jax.Array]] | None = None
+        self._losses: list[float] = []  # since the last checkpoint
+        self._skipping = False
+
+    def run(self) -> dict[str, Any]:
+        """The throughput, once all steps are done."""
+        first, state = self._start()
+        n, mesh = self._config.batch.sequences, self._trainer.mesh
+        rows = sharding.local_rows(n, mesh)
+        log = metrics.Metrics(self._folder, first) if jax.process_index() == 0 else None
+        try:
+            with progress(f"train {self._name}", self._total) as bar, preemption.Notice() as notice:
+                bar.advance(first)
+                for step, batch in self._batches.iterate(first, rows=rows):
+                    on_mesh = sharding.put_batch(batch, mesh, n)
+                    state, values = self._trainer.step(state, self._trainer.fixed, on_mesh, self._trainer.tables)
+                    note = self._flush(log)
+                    self._waiting = (step + 1, values)
+                    stop = notice.came(step + 1) and step + 1 < self._total
+                    if stop or (step + 1) % self._config.checkpoint.every == 0 or step + 1 == self._total:
+                        note = self._flush(log)
+                        self._save(step + 1, state)
+                    bar.advance(1, note)
+                    if stop:
+                        self._leave(step + 1)
+        finally:
+            if log is not None:
+                log.close()
+        return self._meter.summary()
+
+    def _start(self) -> tuple[int, Any]:
+        """(steps done, state) of the latest checkpoint, or of the beginning."""
+        if self._checkpoints.latest() is None:
+            return 0, self._trainer.state
+        first, state = self._checkpoints.restore(self._trainer.state)
+        say(f"train {self._name}: goes on from step {first} of {self._total}")
+        if self._checkpoints.about()["code"] != code_fingerprint():
+            warn(f"train {self._name}: the checkpoint was made by another version of fusejax's code")
+        return first, state
+
+    def _flush(self, log: metrics.Metrics | None) -> str:
+        """Read and write down the waiting step's metrics; a note for the progress bar."""
+        if self._waiting is None:
             return ""
-        values = _readable(waiting[1], labels)
-        _stop_if_stuck(values, waiting[0], trainer, folder)
-        meter.add(values["tokens"])
-        log.write(waiting[0], values)
+        step, values = self._waiting[0], _readable(self._waiting[1], self._labels)
+        self._waiting = None
+        _stop_if_stuck(values, step, self._trainer, self._folder)
+        self._skipping = values["skipped_in_a_row"] > 0
+        self._losses.append(values["loss"])
+        self._meter.add(values["tokens"])
+        if log is not None:
+            log.write(step, values)
         return f"loss {values['loss']:.4f}"
 
-    try:
-        with progress(f"train {name}", total) as bar:
-            bar.advance(first)
-            for step, batch in batches.iterate(first):
-                on_mesh = sharding.put_batch(batch, trainer.mesh)
-                state, values = trainer.step(state, trainer.fixed, on_mesh, trainer.tables)
-                note = flush()
-                waiting = (step + 1, values)
-                if (step + 1) % config.checkpoint.every == 0 or step + 1 == total:
-                    note = flush()
-                    waiting = None
-                    checkpoints.save(step + 1, state)
-                bar.advance(1, note)
-    finally:
-        log.close()
-    return meter.summary()
+    def _save(self, step: int, state: Any) -> None:
+        """A checkpoint, unless the last step was skipped: what led there may be what is broken."""
+        if self._skipping:
+            return
+        about = {
+            "data": {"next_step": step, "seed": self._config.seed, "sequences": self._config.batch.sequences},
+            "config": store.fingerprint(dump(self._config)),
+            "code": code_fingerprint(),
+        }
+        loss = sum(self._losses) / len(self._losses) if self._losses else None
+        self._checkpoints.save(step, state, about, loss)
+        self._losses = []
+
+    def _leave(self, step: int) -> None:
+        self._checkpoints.wait()
+        at = self._checkpoints.latest()
+        raise Resumable(
+            f"train {self._name}: SIGTERM at step {step} of {self._total}: saved at step {at}; the same command goes on"
+        )
 
 
 def _stop_if_stuck(values: dict[str, float], step: int, trainer: Trainer, folder: Path) -> None:

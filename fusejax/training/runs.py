@@ -1,10 +1,12 @@
 """The runs of a job: which there are, where each lives, and what its result depends on."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import fusejax
 from fusejax import models, store, tokenizers
 from fusejax.config import Config
 from fusejax.errors import UserError
@@ -48,6 +50,14 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
             if (section, key) not in _WITHIN_ROUNDING:
                 inputs[f"{section}.{key}"] = value
     return inputs
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """16 hex digits over this package's source files."""
+    folder = Path(fusejax.__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    return store.fingerprint({str(file.relative_to(folder)): store.file_fingerprint(file) for file in files})
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

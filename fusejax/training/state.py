@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fusejax import fusion, models, sharding
@@ -50,7 +51,7 @@ class Trainer:
         optimizer, schedule = optimizers.make(config.optimizer, steps_total)
         state = init_state(config, trained, optimizer, mesh)
         tables = token_tables(config) if with_sources else []
-        tables = jax.device_put(tables, sharding.replicated(mesh))
+        tables = jax.tree.map(lambda table: sharding.put_parameter(np.asarray(table), mesh, ()), tables)
         layouts = sharding.like(state), sharding.like(fixed)
         step = make_step(config, graphdef, optimizer, schedule, steps_total, *layouts, mesh)
         return cls(config, mesh, state, fixed, step, tables, graphdef, model.config, steps_total)
