@@ -171,6 +171,13 @@ class CheckpointConfig(Section):
     resume: bool = True  # go on from the latest checkpoint
 
 
+class ProfileConfig(Section):
+    """A window of steps whose profile goes to OUTPUT/profile, for XProf or TensorBoard."""
+
+    start: int = Field(10, ge=1)  # the first step of it; the run's first step compiles
+    steps: int = Field(5, ge=1)
+
+
 class DistributedConfig(Section):
     """Several processes, each on its own devices; see `fusejax.distributed`. Default: what the cluster says."""
 
@@ -227,6 +234,9 @@ class Config(Section):
     attention: AttentionBackend = "auto"  # auto: the fastest that honours what each model needs
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
+    profile: ProfileConfig | None = None
+    wandb: str | None = None  # also log to this project of Weights & Biases (the package must be installed)
+    compilation_cache: str | None = None  # a folder that keeps compiled programs; also JAX_COMPILATION_CACHE_DIR
     evaluation: EvaluationConfig = EvaluationConfig()
     compat: Literal["fusellm"] | None = None  # reproduce the paper's code, its quirks included; see docs/fusion.md
     output: str = ""

@@ -48,6 +48,8 @@ def start(config: Config) -> None:
     Raises UserError, one line, where processes are missing or differ, the port is taken, the output folder is not
     shared, or there are not as many devices as the configuration expects.
     """
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
     wanted = config.distributed
     place = find(wanted, os.environ)
     if place is not None and place.processes > 1:

@@ -24,6 +24,6 @@ def own(shards: Sequence[tuple[int, range]]) -> list[tuple[int, range]]:
 def wait_for_all(what: str) -> None:
     """Go on when every host is here."""
     if index_and_count()[1] > 1:
-        from jax.experimental import multihost_utils
+        from fusejax import distributed
 
-        multihost_utils.sync_global_devices(what)
+        distributed.barrier(what)

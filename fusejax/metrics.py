@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from fusejax.store import make_folder, write_atomically, writing_failed
+from fusejax.errors import UserError
+from fusejax.store import fingerprint, make_folder, write_atomically, writing_failed
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
@@ -23,7 +24,8 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
 class Metrics:
     """Appends to a run's metrics. On resume at `step`, what was recorded after it is dropped, as it comes again."""
 
-    def __init__(self, folder: str | Path, step: int) -> None:
+    def __init__(self, folder: str | Path, step: int, wandb: str | None = None) -> None:
+        """wandb: the project of Weights & Biases to log to as well; UserError where the package is missing."""
         from tensorboardX import SummaryWriter
 
         self._path = make_folder(folder) / "metrics.jsonl"
@@ -35,6 +37,7 @@ class Metrics:
             self._events = SummaryWriter(os.fspath(make_folder(events)), purge_step=step + 1)
         except OSError as error:
             raise writing_failed(events, error) from None
+        self._online = _wandb_run(wandb, self._path.parent) if wandb else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         try:
@@ -42,9 +45,30 @@ class Metrics:
             self._file.flush()
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+            if self._online is not None:
+                self._online.log(values, step=step)
         except OSError as error:
             raise writing_failed(self._path, error) from None
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        if self._online is not None:
+            self._online.finish()
+
+
+def require_wandb() -> Any:
+    """The module, or UserError."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb: the package is not installed; pip install wandb, or remove the key") from None
+    return wandb
+
+
+def _wandb_run(project: str, folder: Path) -> Any:
+    """The run of this output folder: the same one after every interruption."""
+    name = f"{folder.parent.name}/{folder.name}" if folder.name == "clm" else folder.name
+    return require_wandb().init(
+        project=project, id=fingerprint(str(folder.resolve())), name=name, dir=str(folder), resume="allow"
+    )

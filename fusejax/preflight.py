@@ -6,7 +6,7 @@ the first text of each corpus. No tensor is read.
 
 from pathlib import Path
 
-from fusejax import corpus, models, tokenizers
+from fusejax import corpus, metrics, models, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
@@ -19,6 +19,8 @@ def check(config: Config) -> None:
 
     Hub names are checked as far as they are in the hub's cache; corpora on a hub are left alone.
     """
+    if config.wandb is not None:
+        metrics.require_wandb()
     seen = set()
     for model in (config.target, *config.sources):
         key = (model.model, model.revision, model.bos)

@@ -20,11 +20,10 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import distributed, models, sharding, tokenizers
+from fusejax import distributed, hosts, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -75,10 +74,10 @@ def _cache(config: Config, source: ModelConfig) -> None:
         say(f"source {source.label}: done before, skipped")
         return
     # Shards are split over the processes; what each holds does not depend on how many there are.
-    todo = [(shard, span) for shard, span in writer.missing() if shard % jax.process_count() == jax.process_index()]
+    todo = hosts.own(writer.missing())
     if todo:
         _run_model(config, source, tokenizer, tokens, writer, todo)
-    distributed.barrier(f"source {source.label}")
+    hosts.wait_for_all(f"source {source.label}")
     distributed.alone(f"source {source.label}: manifest", lambda: _finish(source, tokens, writer))
 
 

@@ -1,4 +1,10 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+
 from fusejax import metrics
+from fusejax.errors import UserError
 
 
 def test_resume_drops_what_comes_again(tmp_path):
@@ -18,3 +24,18 @@ def test_resume_drops_what_comes_again(tmp_path):
 
 def test_no_metrics_yet(tmp_path):
     assert metrics.read(tmp_path) == []
+
+
+def test_weights_and_biases_where_it_is_there(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="wandb: the package is not installed"):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        metrics.Metrics(tmp_path, 0, wandb="fusion")
+    logged = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
+    asked = {}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: asked.update(how) or run))
+    log = metrics.Metrics(tmp_path, 0, wandb="fusion")
+    log.write(1, {"loss": 2.0})
+    log.close()
+    assert logged == [(1, {"loss": 2.0}), "end"]
+    assert (asked["project"], asked["resume"]) == ("fusion", "allow")

@@ -28,6 +28,8 @@ BENCHES = {
     "load": ("fusejax.bench.load", "loading a checkpoint: time, and host memory beyond what stays"),
     "loss": ("fusejax.bench.loss", "the fused loss, forward and backward, against plain and dense cross-entropies"),
     "sources": ("fusejax.bench.sources", "filling a source's cache, against its bare forward pass and torch's"),
+    "train": ("fusejax.bench.train", "the training step, fused and CLM alone, and transformers' beside them"),
+    "data": ("fusejax.bench.data", "one packed sequence with its sources' rows, on the host"),
 }
 
 

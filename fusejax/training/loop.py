@@ -74,18 +74,19 @@ class Loop:
         )
         self._waiting: tuple[int, dict[str, jax.Array]] | None = None
         self._losses: list[float] = []  # since the last checkpoint
-        self._skipping = False
+        self._skipping = self._profiling = False
 
     def run(self) -> dict[str, Any]:
         """The throughput, once all steps are done."""
         first, state = self._start()
         n, mesh = self._config.batch.sequences, self._trainer.mesh
         rows = sharding.local_rows(n, mesh)
-        log = metrics.Metrics(self._folder, first) if jax.process_index() == 0 else None
+        log = metrics.Metrics(self._folder, first, self._config.wandb) if jax.process_index() == 0 else None
         try:
             with progress(f"train {self._name}", self._total) as bar, preemption.Notice() as notice:
                 bar.advance(first)
                 for step, batch in self._batches.iterate(first, rows=rows):
+                    self._profile(step + 1)
                     on_mesh = sharding.put_batch(batch, mesh, n)
                     state, values = self._trainer.step(state, self._trainer.fixed, on_mesh, self._trainer.tables)
                     note = self._flush(log)
@@ -98,6 +99,7 @@ class Loop:
                     if stop:
                         self._leave(step + 1)
         finally:
+            self._profile(None)
             if log is not None:
                 log.close()
         return self._meter.summary()
@@ -138,6 +140,19 @@ class Loop:
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._checkpoints.save(step, state, about, loss)
         self._losses = []
+
+    def _profile(self, step: int | None) -> None:
+        """Begin or end the profile before `step`; None: the run ends."""
+        window = self._config.profile
+        if window is None:
+            return
+        if self._profiling and (step is None or step >= window.start + window.steps):
+            jax.profiler.stop_trace()
+            self._profiling = False
+            say(f"train {self._name}: profile in {self._folder / 'profile'}")
+        elif step == window.start:
+            jax.profiler.start_trace(self._folder / "profile")
+            self._profiling = True
 
     def _leave(self, step: int) -> None:
         self._checkpoints.wait()

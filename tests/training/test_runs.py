@@ -1,4 +1,5 @@
 import json
+import signal
 
 import jax
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 
 from fusejax import alignment, metrics, sharding, sources, training
 from fusejax.checkpoint import Checkpoints
-from fusejax.errors import UserError
+from fusejax.errors import Resumable, UserError
 from fusejax.metrics import Metrics
 
 
@@ -148,3 +149,29 @@ def test_state_is_laid_out_as_the_parameters(job):
     moments = [leaf for leaf in jax.tree.leaves(trainer.state["optimizer"]) if leaf.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(trainer.state["params"]))
     assert all(leaf.sharding.mesh.axis_names == sharding.AXES for leaf in moments)
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(job, monkeypatch):
+    undisturbed, stopped = job("undisturbed"), job("stopped", checkpoint={"every": 100})
+    training.train(undisturbed, "fused")
+    real = Metrics.write
+
+    def write(self, step, values):
+        real(self, step, values)
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "write", write)
+    with pytest.raises(Resumable, match=r"SIGTERM at step 3 of \d+: saved at step 3; the same command goes on"):
+        training.train(stopped, "fused")
+    monkeypatch.setattr(Metrics, "write", real)
+    training.train(stopped, "fused")
+    assert metrics.read(stopped.folder) == metrics.read(undisturbed.folder)
+    assert_equal_trees(final_params(stopped), final_params(undisturbed))
+
+
+def test_a_profile_of_some_steps(job, capsys):
+    config = job(profile={"start": 2, "steps": 2}, batch={"sequences": 4, "steps": 5})
+    training.train(config, "fused")
+    assert list((config.folder / "profile").rglob("*.xplane.pb"))
+    assert "profile in" in capsys.readouterr().out
