@@ -181,7 +181,7 @@ class Batches:
         text = slice(at + int(self._tokenizer.adds_bos), at + n)
         for s, source in enumerate(self._sources):
             for name, array in source.rows(document, record).items():
-                out[name][(b, text, s) if array.ndim == 1 else (b, text, s, slice(source.width))] = array
+                out[name][(b, text, s) if array.ndim == 1 else (b, text, s, slice(array.shape[1]))] = array
         return span.stop - span.start
 
 
@@ -214,12 +214,13 @@ class _Source:
     """One source's stores, and its rows brought to the target's positions."""
 
     def __init__(self, config: Config, source: ModelConfig) -> None:
-        self._config, self.label, self.width = config, source.label, sources.width(config, source)
+        self._config, self.label = config, source.label
         self._tokenizer = tokenizers.for_model(source)
         self._tokens = _tokens(config, self._tokenizer)
         self._cache = SourceCache(config.folder / "sources" / source.label)
         wanted = sources.inputs(config, source, self._tokenizer)
         check_inputs(self._cache.folder, {key: self._cache.inputs.get(key) for key in wanted}, wanted)
+        self.width = self._cache.width
         self._row_maps = Store(config.folder / "alignment" / source.label)
         self._chains = Chains(config, source.label) if config.alignment.gold_chain else None
 

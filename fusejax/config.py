@@ -64,7 +64,9 @@ class CorpusConfig(Section):
 class CacheConfig(Section):
     """The source caches: top-k next-token distributions of every source."""
 
+    kind: Literal["topk", "sampled"] = "topk"  # the top_k most likely tokens | those of `rounds` independent draws
     top_k: int = Field(10, ge=1, le=1024)
+    rounds: int = Field(50, ge=1, le=255)
     values: Literal["float16", "float32", "uint8"] = "float16"  # of log-probabilities; uint8: errors up to 0.005 in p
     batch_tokens: int = Field(8192, ge=1)  # tokens of one forward pass, padding included
 

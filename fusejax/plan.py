@@ -17,7 +17,6 @@ from fusejax.config import Config, ModelConfig
 from fusejax.corpus import local_size, read_documents
 from fusejax.errors import UserError
 from fusejax.progress import console, say
-from fusejax.sources import width
 
 BYTES_PER_TOKEN = 4.0  # of text, in a tokenizer that is not on this machine
 _SAMPLE = 100  # documents
@@ -94,9 +93,12 @@ def show(config: Config) -> None:
         tokens * (4 + 8 * (1 + len(sources))),
     )
     for source, size in sources:
-        k = width(config, source)
-        per_row = k * ((2 if size.vocab <= 65536 else 4) + np.dtype(config.cache.values).itemsize) + 4
-        work = f"{_number(size.parameters)} parameters (by {size.known_by}), top-{k}"
+        k = source.top_k or config.cache.top_k
+        value_bytes, what = np.dtype(config.cache.values).itemsize, f"top-{k}"
+        if config.cache.kind == "sampled":  # about 12 distinct tokens of 50 draws
+            k, value_bytes, what = min(config.cache.rounds, 12), 1, f"{config.cache.rounds} draws"
+        per_row = k * ((2 if size.vocab <= 65536 else 4) + value_bytes) + 4
+        work = f"{_number(size.parameters)} parameters (by {size.known_by}), {what}"
         row(f"source {source.label}", work, tokens * per_row)
     for source, _ in sources:
         row(

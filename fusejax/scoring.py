@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from fusejax import sharding
 from fusejax.errors import UserError
 from fusejax.kernels.placement import Placement
+from fusejax.kernels.sample_unembed import sample_unembed
 from fusejax.kernels.topk_unembed import topk_unembed
 from fusejax.tokenizers import Tokenizer
 
@@ -38,6 +40,22 @@ class Scores(NamedTuple):
     def broken(self) -> bool:
         """Whether the model gave values that are not numbers."""
         return bool(np.isnan(self.ce).any() or np.isnan(self.logprobs).any())
+
+
+class Draws(NamedTuple):
+    """Independent draws from each distribution, instead of its largest entries."""
+
+    rounds: int
+    seed: int
+
+
+class Group(NamedTuple):
+    """Documents that are scored together. `first`: the number of the first one, on which its draws depend."""
+
+    name: Any
+    inputs: Sequence[np.ndarray]
+    labels: Sequence[np.ndarray]
+    first: int = 0
 
 
 class Batch(NamedTuple):
@@ -116,20 +134,62 @@ def _forward(
     return out.ids, out.logprobs, out.ce
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw(
+    structure: Any,
+    draws: Draws,
+    vocab_size: int | None,
+    placement: Placement | None,
+    state: Any,
+    ids_BL: jax.Array,
+    labels_BL: jax.Array,
+    numbers_B: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(drawn ids, no log-probabilities, CE) of a batch; a row's draws depend on seed, document and position alone."""
+    B, L = ids_BL.shape
+    decoder = nnx.merge(structure, state)
+
+    def uniforms(number: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(draws.seed), number), position)
+        return jax.random.uniform(key, (draws.rounds,))
+
+    out = sample_unembed(
+        decoder.hidden(ids_BL),
+        decoder.unembedding(),
+        jax.vmap(jax.vmap(uniforms, (None, 0)), (0, None))(numbers_B, jnp.arange(L)),
+        labels_BL,
+        vocab_size=vocab_size,
+        logit_cap=decoder.config.logit_softcap,
+        placement=placement,
+    )
+    return out.ids, jnp.zeros((B, L, 0)), out.ce
+
+
 class Scorer:
     """Runs a model over documents; a program is compiled for each batch length that occurs."""
 
     def __init__(
-        self, model: Any, *, k: int, vocab_size: int | None = None, max_length: int, batch_tokens: int, mesh: Mesh
+        self,
+        model: Any,
+        *,
+        k: int,
+        vocab_size: int | None = None,
+        max_length: int,
+        batch_tokens: int,
+        mesh: Mesh,
+        draws: Draws | None = None,
     ) -> None:
         """model: a Decoder, laid out over `mesh`. k: entries kept of each distribution, 0 for the cross-entropy alone.
 
-        vocab_size: ids from here on get probability 0 (rows of a padded embedding that stand for no token).
+        vocab_size: ids from here on get probability 0 (rows of a padded embedding that stand for no token). draws:
+        instead of the k largest entries, `Scores.ids` is as many draws, and `logprobs` has no columns.
         """
         self._max_length, self._batch_tokens, self._mesh = max_length, batch_tokens, mesh
         self._row_multiple = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
         structure, self._state = nnx.split(model)
-        self._forward = functools.partial(_forward, structure, k, vocab_size, sharding.placement(mesh))
+        forward, kept = (_forward, k) if draws is None else (_draw, draws)
+        self._forward = functools.partial(forward, structure, kept, vocab_size, sharding.placement(mesh))
+        self._numbered = draws is not None
 
     def __call__(
         self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]
@@ -138,22 +198,20 @@ class Scorer:
 
         inputs, labels: int32 [n] for each document, see `inputs_and_labels`.
         """
-        for _, places, scores in self.stream([(None, inputs, labels)]):
+        for _, places, scores in self.stream([Group(None, inputs, labels)]):
             yield places, scores
 
-    def stream(
-        self, groups: Iterable[tuple[Any, Sequence[np.ndarray], Sequence[np.ndarray]]]
-    ) -> Iterator[tuple[Any, list[int], list[Scores]]]:
-        """The same over groups (name, inputs, labels) of documents, without a pause of the device in between.
+    def stream(self, groups: Iterable[Group]) -> Iterator[tuple[Any, list[int], list[Scores]]]:
+        """The same over groups of documents, without a pause of the device in between.
 
         Yields (name, places in the group, scores). Batches never mix groups, so that a document's result does not
         depend on which other groups there are; a group's last batch comes before the next group's first.
         """
         running: deque[tuple[Any, Batch, Any, np.ndarray]] = deque()
-        for name, inputs, labels in groups:
-            lengths = np.array([len(line) for line in inputs], np.int64)
+        for group in groups:
+            lengths = np.array([len(line) for line in group.inputs], np.int64)
             for batch in plan(lengths, self._max_length, self._batch_tokens, self._row_multiple):
-                running.append((name, batch, self._start(batch, inputs, labels), lengths))
+                running.append((group.name, batch, self._start(batch, group), lengths))
                 if len(running) > _AHEAD:
                     done, *rest = running.popleft()
                     yield done, *_finish(*rest)
@@ -161,14 +219,16 @@ class Scorer:
             done, *rest = running.popleft()
             yield done, *_finish(*rest)
 
-    def _start(self, batch: Batch, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Any:
+    def _start(self, batch: Batch, group: Group) -> Any:
         ids_BL = np.zeros((batch.rows, batch.length), np.int32)
         labels_BL = np.full((batch.rows, batch.length), -1, np.int32)
+        numbers_B = np.zeros(batch.rows, np.int32)
         for row, i in enumerate(batch.documents):
-            ids_BL[row, : len(inputs[i])] = inputs[i]
-            labels_BL[row, : len(labels[i])] = labels[i]
-        arrays = sharding.put_batch({"ids": ids_BL, "labels": labels_BL}, self._mesh)
-        return self._forward(self._state, arrays["ids"], arrays["labels"])
+            ids_BL[row, : len(group.inputs[i])] = group.inputs[i]
+            labels_BL[row, : len(group.labels[i])] = group.labels[i]
+            numbers_B[row] = group.first + i
+        arrays = {"ids": ids_BL, "labels": labels_BL} | ({"numbers": numbers_B} if self._numbered else {})
+        return self._forward(self._state, *sharding.put_batch(arrays, self._mesh).values())
 
 
 def _finish(batch: Batch, arrays: Any, lengths: np.ndarray) -> tuple[list[int], list[Scores]]:

@@ -1,9 +1,11 @@
 """The source caches on disk: how a source's next-token rows are written into a store, and read back.
 
-A row is the source's k most likely next tokens and their log-probabilities, most likely first, and the cross-entropy of
-the true next token. Arrays on disk, n rows to a document:
+A row of the kind `topk` is the k most likely next tokens and their log-probabilities, most likely first; one of the
+kind `sampled` is every token that came up in R independent draws, and how often, most often first. With each goes the
+cross-entropy of the true next token. Arrays on disk, n rows to a document:
 
-    ids uint16 or uint32 [n, k]    logprobs float16 or float32 [n, k], or codes uint8 [n, k]    ce float32 [n]
+    topk     ids uint16 or uint32 [n, k]    logprobs float16 or float32 [n, k], or codes uint8 [n, k]    ce float32 [n]
+    sampled  ids uint16 or uint32 [u]       counts uint8 [u]    distinct uint8 [n] (tokens of each row)  ce float32 [n]
 
 A document on which the source gave values that are not numbers has no rows, whatever its length.
 
@@ -63,8 +65,44 @@ def topk_record(ids: np.ndarray, logprobs: np.ndarray, ce: np.ndarray, vocab_siz
     return record | {"logprobs": bounded.astype(values)}
 
 
+def sampled_record(draws: np.ndarray, ce: np.ndarray, vocab_size: int) -> Record:
+    """The record of a document: draws int [n, R], R at most 255, ce float [n]."""
+    n, R = draws.shape
+    ordered = np.sort(draws, axis=-1)
+    begins = np.concatenate([np.ones((n, 1), bool), ordered[:, 1:] != ordered[:, :-1]], axis=1)
+    starts = np.flatnonzero(begins)
+    counts = np.diff(starts, append=n * R)
+    row = starts // R
+    order = np.lexsort((ordered.ravel()[starts], -counts, row))
+    return {
+        "ids": ordered.ravel()[starts][order].astype(ids_dtype(vocab_size)),
+        "counts": counts[order].astype(np.uint8),
+        "distinct": begins.sum(-1).astype(np.uint8),
+        "ce": ce.astype(np.float32),
+    }
+
+
+def _decode_sampled(record: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    distinct = record["distinct"].astype(np.int64)
+    filled = np.arange(distinct.max(initial=1)) < distinct[:, None]
+    ids = np.full(filled.shape, -1, np.int32)
+    ids[filled] = record["ids"]
+    counts = np.zeros(filled.shape, np.float32)
+    counts[filled] = record["counts"]
+    with np.errstate(divide="ignore"):
+        return ids, np.log(counts / np.maximum(counts.sum(-1, keepdims=True), 1))
+
+
+def entries(record: Mapping[str, np.ndarray]) -> int:
+    """Entries of a record's widest row."""
+    return int(record["distinct"].max(initial=0)) if "distinct" in record else record["ids"].shape[1]
+
+
 def decode(record: Mapping[str, np.ndarray]) -> Record:
-    """{ids int32 [n, k], logprobs float32 [n, k], ce float32 [n]} of a record."""
+    """{ids int32 [n, k], logprobs float32 [n, k], ce float32 [n]} of a record; −1 and −inf are empty entries."""
+    if "distinct" in record:
+        ids, logprobs = _decode_sampled(record)
+        return {"ids": ids, "logprobs": logprobs, "ce": record["ce"]}
     if "codes" in record:
         logprobs = decode_logprobs(record["codes"])
         # Coarse codes can add up to a little more than 1.
@@ -77,6 +115,11 @@ def decode(record: Mapping[str, np.ndarray]) -> Record:
 
 class SourceCache(Store):
     """A source's cache; `cache[i]` is document i's rows, decoded (see `decode`)."""
+
+    @property
+    def width(self) -> int:
+        """Entries of the widest row of all."""
+        return self.summary["width"]
 
     def __getitem__(self, i: int) -> Record:
         return decode(super().__getitem__(i))

@@ -27,8 +27,8 @@ from fusejax import distributed, hosts, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
-from fusejax.scoring import Scorer, Scores, check_fits, inputs_and_labels
-from fusejax.source_cache import Record, Values, topk_record
+from fusejax.scoring import Draws, Group, Scorer, Scores, check_fits, inputs_and_labels
+from fusejax.source_cache import Record, Values, entries, sampled_record, topk_record
 from fusejax.store import Store, StoreWriter, fingerprint
 from fusejax.tokenizers import Tokenizer
 
@@ -52,16 +52,17 @@ def inputs(config: Config, source: ModelConfig, tokenizer: Tokenizer) -> dict[st
     return {
         "text": fingerprint(documents.inputs),
         "tokenizer": tokenizer.fingerprint,
-        "top_k": width(config, source),
-        "values": config.cache.values,
+        **kind(config, source),
         "max_length": config.max_length,
         "compute": config.precision.compute,
     }
 
 
-def width(config: Config, source: ModelConfig) -> int:
-    """Entries of each of a source's rows."""
-    return source.top_k or config.cache.top_k
+def kind(config: Config, source: ModelConfig) -> dict[str, str | int]:
+    """What is kept of each distribution."""
+    if config.cache.kind == "sampled":
+        return {"kind": "sampled", "rounds": config.cache.rounds, "seed": config.seed}
+    return {"top_k": source.top_k or config.cache.top_k, "values": config.cache.values}
 
 
 def _cache(config: Config, source: ModelConfig) -> None:
@@ -95,6 +96,7 @@ def _finish(source: ModelConfig, tokens: Store, writer: StoreWriter) -> None:
 def _total(notes: list[dict[str, Any]]) -> dict[str, Any]:
     """The shards' counts added up, and the first broken document's id."""
     totals = {name: sum(note[name] for note in notes) for name in ("rows", "empty", "one_token", "broken")}
+    totals["width"] = max((note["width"] for note in notes), default=0)
     first = next((note["first_broken"] for note in notes if note["first_broken"]), None)
     return totals | ({"first_broken": first} if first else {})
 
@@ -123,7 +125,8 @@ def _run_model(
     )  # fmt: skip
     check_fits(tokenizer, model.config.vocab_size, source.model)
     known = min(model.config.vocab_size, tokenizer.vocab_size)
-    top_k = width(config, source)
+    sampled = config.cache.kind == "sampled"
+    top_k = 0 if sampled else source.top_k or config.cache.top_k
     if top_k > known:
         raise UserError(f"cache.top_k: {top_k} is more than the {known} tokens of {source.model}")
     scorer = Scorer(
@@ -133,6 +136,7 @@ def _run_model(
         max_length=config.max_length,
         batch_tokens=config.cache.batch_tokens,
         mesh=mesh,
+        draws=Draws(config.cache.rounds, config.seed) if sampled else None,
     )
     documents = Store(config.folder / "data/train/documents")
     write_rows(scorer, tokenizer, tokens, writer, todo, known, config.cache.values, source, documents)
@@ -157,7 +161,7 @@ def write_rows(
         ThreadPoolExecutor(1) as pool,
     ):
         writes: deque[Future[None]] = deque()
-        groups = ((shard, *_lines(tokens, span, tokenizer)) for shard, span in todo)
+        groups = (Group(shard, *_lines(tokens, span, tokenizer), span.start) for shard, span in todo)
         for (shard, span), (_, results) in zip(todo, groupby(scorer.stream(groups), itemgetter(0)), strict=True):
             records: list[Record] = [{} for _ in span]
             note = _Note()
@@ -186,6 +190,7 @@ class _Note:
     def __init__(self) -> None:
         self._documents = self._rows = self._empty = self._one_token = 0
         self._broken: list[int] = []
+        self._width = 0
 
     def record(self, document: int, scores: Scores, vocab_size: int, values: Values) -> Record:
         """The record of a document, which is counted. One with values that are not numbers has no rows."""
@@ -197,7 +202,12 @@ class _Note:
             self._broken.append(document)
             scores = Scores(*(array[:0] for array in scores))
         self._rows += len(scores.ce)
-        return topk_record(*scores, vocab_size, values)
+        if not scores.logprobs.shape[1]:
+            record = sampled_record(scores.ids, scores.ce, vocab_size)
+        else:
+            record = topk_record(*scores, vocab_size, values)
+        self._width = max(self._width, entries(record))
+        return record
 
     def finish(self, documents: Store, source: ModelConfig) -> dict[str, Any]:
         """The counts. Raises UserError where the source failed on most documents."""
@@ -209,6 +219,7 @@ class _Note:
             )
         return {
             "rows": self._rows,
+            "width": self._width,
             "empty": self._empty,
             "one_token": self._one_token,
             "broken": len(self._broken),

@@ -68,7 +68,7 @@ def row_problem(rows: dict[str, Any]) -> str:
         "log-probabilities that are not numbers": np.isnan(logprobs).any(-1),
         "a cross-entropy that is not a number or negative": ~(ce >= -1e-6) | np.isinf(ce),
         "log-probabilities above 0": (logprobs > 0).any(-1),
-        "log-probabilities that are not in descending order": (np.diff(logprobs, axis=-1) > 1e-6).any(-1),
+        "log-probabilities that are not in descending order": (logprobs[:, 1:] > logprobs[:, :-1] + 1e-6).any(-1),
         "probabilities that add up to more than 1": probs.sum(-1) > _MASS,
         "a token twice": ((np.diff(ordered, axis=-1) == 0) & (ordered[:, 1:] >= 0)).any(-1),
     }

@@ -4,8 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fusejax.source_cache import SourceCache, decode, decode_logprobs, encode_logprobs, topk_record
+from fusejax.source_cache import (
+    SourceCache,
+    decode,
+    decode_logprobs,
+    encode_logprobs,
+    entries,
+    sampled_record,
+    topk_record,
+)
 from fusejax.store import StoreWriter
+from fusejax.verification import row_problem
 
 
 def make_rows(n=300, k=10, vocab=49152, seed=0):
@@ -66,3 +75,19 @@ def test_bytes_per_row_on_disk(tmp_path, values, most):
 def test_rows_of_nothing():
     record = topk_record(np.zeros((0, 10), np.int32), np.zeros((0, 10)), np.zeros(0), 100, "uint8")
     assert [array.shape for array in decode(record).values()] == [(0, 10), (0, 10), (0,)]
+
+
+@given(hnp.arrays(np.int32, st.tuples(st.integers(0, 6), st.integers(1, 60)), elements=st.integers(0, 40)))
+def test_draws_come_back_as_shares(draws):
+    n, rounds = draws.shape
+    record = sampled_record(draws, np.zeros(n), 41)
+    rows = decode(record)
+    assert rows["ids"].dtype == np.int32
+    assert entries(record) == (max(len(set(row)) for row in draws.tolist()) if n else 0)
+    for ids, logprobs, drawn in zip(rows["ids"], rows["logprobs"], draws, strict=True):
+        shares = {i: np.exp(x) for i, x in zip(ids.tolist(), logprobs.tolist(), strict=True) if i >= 0}
+        values, counts = np.unique(drawn, return_counts=True)
+        assert shares == pytest.approx(dict(zip(values.tolist(), counts / rounds, strict=True)), rel=1e-5)
+        assert (logprobs[1:] <= logprobs[:-1]).all()
+        assert np.isneginf(logprobs[ids < 0]).all()
+    assert row_problem(rows) == ""

@@ -175,3 +175,30 @@ def test_a_document_without_numbers_is_counted_and_poisons_no_other(make_job, br
         np.testing.assert_array_equal(right[i]["ids"], wrong[i]["ids"])
         np.testing.assert_allclose(right[i]["logprobs"], wrong[i]["logprobs"], atol=1e-3)
     assert len(wrong[10]["ce"]) == 0 < len(right[10]["ce"])
+
+
+def test_sampled_rows_are_draws_whatever_the_batch(make_job, tiny_models):
+    cache = {"kind": "sampled", "rounds": 40}
+    small, large = (make_job(str(size), cache=cache | {"batch_tokens": size}) for size in (1, 4096))
+    for job in (small, large):
+        sources.run(job)
+    folder = tiny_models["fine"]
+    one, other = (SourceCache(job.folder / "sources/fine") for job in (small, large))
+    tokens = Store(small.folder / "data/train/tokens" / Tokenizer.load(folder).fingerprint)
+    assert one.width == max(rows["ids"].shape[1] for rows in one)
+    dense, errors = make_dense(folder, 280), []
+    for i in range(len(one)):
+        ids, logprobs, ce = dense(tokens[i]["ids"])
+        np.testing.assert_allclose(one[i]["ce"], ce, atol=1e-4)
+        n = len(ce)
+        probs, shares, others = (np.zeros((n, 281)) for _ in range(3))
+        np.put_along_axis(probs, ids, np.exp(logprobs), 1)
+        np.put_along_axis(shares, one[i]["ids"], np.exp(one[i]["logprobs"]), 1)
+        np.put_along_axis(others, other[i]["ids"], np.exp(other[i]["logprobs"]), 1)
+        # A number within rounding of the border between two tokens may fall to either.
+        assert np.abs(shares - others)[:, :280].sum() * 40 / 2 <= 1 + n * 40 / 1000
+        np.testing.assert_allclose(shares[:, :280].sum(-1), 1, rtol=1e-5)
+        errors.append((shares - probs)[:, :280].mean(0))
+    # Shares of 40 draws err by less than 1 / sqrt(40) in a row; over all rows the errors cancel.
+    assert np.abs(np.concatenate(errors)).max() < 0.3
+    assert np.abs(np.mean(errors, 0)).max() < 0.02

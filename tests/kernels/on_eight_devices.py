@@ -5,6 +5,7 @@ import sys
 
 import jax
 import numpy as np
+from fusejax.kernels.sample_unembed import sample_unembed
 from fusejax.kernels.topk_unembed import topk_unembed
 
 from fusejax import loss, sharding
@@ -74,6 +75,21 @@ def check_topk(mesh, V, vocab_size, options):
     close(one, many)
 
 
+def check_draws(mesh, V, vocab_size):
+    hidden, unembedding, labels, *_ = example(V, seed=2)
+    uniforms = np.random.default_rng(3).random((B, L, 30)).astype(np.float32)
+    options = {"vocab_size": vocab_size, "logit_cap": 4.0, "block": 8}
+    labels = np.minimum(labels, vocab_size - 1)
+    one = sample_unembed(hidden, unembedding, uniforms, labels, **options)
+    rows, columns = layouts(mesh, V)
+    put, placement = jax.device_put, sharding.placement(mesh)
+    run = jax.jit(lambda h, w, u, y: sample_unembed(h, w, u, y, placement=placement, **options))
+    many = run(put(hidden, rows), put(unembedding, columns), put(uniforms, rows), put(labels, rows))
+    # A number within rounding of the border between two tokens may fall to either.
+    assert (np.asarray(one.ids) != np.asarray(many.ids)).mean() < 2e-3
+    close(one._replace(ids=0), many._replace(ids=0))
+
+
 def main(every):
     for shape in SHAPES:
         mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
@@ -86,6 +102,8 @@ def main(every):
         cases = [(V, n, o) for V, n in ((64, 64), (64, 41), (53, 53), (16, 9)) for o in TOPK_VARIANTS]
         for V, vocab_size, options in cases if every else [(64, 41, {}), (53, 53, TOPK_VARIANTS[1])]:
             check_topk(mesh, V, vocab_size, options)
+        for V, vocab_size in ((64, 64), (64, 41), (53, 53), (16, 9)) if every else [(53, 50)]:
+            check_draws(mesh, V, vocab_size)
     print("same on", jax.device_count(), "devices")
 
 

@@ -78,3 +78,12 @@ def test_other_optimizers_learn(job, kind):
     training.train(config, "fused")
     history = metrics.read(config.folder)
     assert history[-1]["clm_loss"] < history[0]["clm_loss"] - 0.1
+
+
+def test_fusing_sampled_sources(job):
+    """The draws' shares stand in for the distributions: their loss is that of the top-k within the draws' noise."""
+    config = job(output="sampled", cache={"kind": "sampled", "rounds": 255})
+    _, (sampled,) = steps(config, 1)
+    _, (exact,) = steps(job(output="exact", cache={"top_k": 256}), 1)
+    assert sampled["fusion_loss"] == pytest.approx(exact["fusion_loss"], rel=0.05)
+    assert sampled["mass_kept"] == pytest.approx(exact["mass_kept"], abs=0.05)

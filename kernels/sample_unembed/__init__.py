@@ -1,0 +1,130 @@
+"""From final hidden states to independent draws from the next-token distributions: sources of the kind `sampled`.
+
+The share of a token among R draws is an unbiased estimate of its probability, whatever the temperature of the tail:
+"Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (ACL 2025) distils from about 12 distinct tokens of
+50 draws as well as from the whole distribution, where the k largest, scaled to 1, are a biased target.
+
+A draw is the token in whose share of the distribution function a uniform number lies. `reference` writes this down on
+the whole [T, V] array; `xla` takes two passes over the vocabulary in blocks, one for the normalizer and one for the
+draws. Over a mesh each device looks through its own columns.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from fusejax.kernels.placement import Placement
+from fusejax.kernels.sample_unembed import reference, xla
+from fusejax.kernels.sample_unembed.reference import Sampled
+from fusejax.kernels.topk_unembed import xla as search
+from fusejax.kernels.topk_unembed.candidates import across, finish
+from jax.sharding import PartitionSpec
+
+__all__ = ["Sampled", "sample_unembed"]
+
+_BLOCK = 8192  # fixed, so that rounding, and with it a draw, does not depend on the size of the batch
+
+
+def sample_unembed(
+    hidden: jax.Array,
+    unembedding_DV: jax.Array,
+    uniforms: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    vocab_size: int | None = None,
+    logit_scale: float = 1.0,
+    logit_cap: float | None = None,
+    block: int = _BLOCK,
+    placement: Placement | None = None,
+    implementation: Literal["reference", "xla"] = "xla",
+) -> Sampled:
+    """Draws and CE of `labels`, without a [T, V] array (except in `reference`).
+
+    hidden: [..., D]; unembedding_DV: [D, V]; uniforms: float32 [..., R] in [0, 1); labels: int32 [...], −1 where there
+    is none. vocab_size, logit_scale, logit_cap, placement: as in `topk_unembed`. block: vocabulary entries at a time.
+    Returns Sampled(ids int32 [..., R], log_normalizer float32 [...], ce float32 [...] in nats).
+    """
+    D, V = unembedding_DV.shape
+    lead, R = hidden.shape[:-1], uniforms.shape[-1]
+    vocab_size = V if vocab_size is None else vocab_size
+    hidden_TD, uniforms_TR = hidden.reshape(-1, D), uniforms.reshape(-1, R)
+    labels_T = jnp.full(len(hidden_TD), -1, jnp.int32) if labels is None else labels.reshape(-1)
+    options: dict[str, Any] = {"logit_scale": logit_scale, "logit_cap": logit_cap}
+    run: Callable[..., Sampled]
+    if implementation == "reference":
+        run = reference.sample_unembed
+    elif placement is None:
+        run = partial(_on_device, placement=None, block=block)
+    else:
+        run = partial(_over_mesh, placement=placement, block=block)
+    out = run(hidden_TD, unembedding_DV, uniforms_TR, labels_T, vocab_size=vocab_size, **options)
+    # Rounding can leave a number beside every token's share (about once in a million draws): take another draw of it.
+    ids_TR = jnp.where(out.ids < 0, out.ids.max(-1, keepdims=True), out.ids)
+    return Sampled(ids_TR.reshape(*lead, R), out.log_normalizer.reshape(lead), out.ce.reshape(lead))
+
+
+def _over_mesh(
+    hidden_TD: jax.Array,
+    unembedding_DV: jax.Array,
+    uniforms_TR: jax.Array,
+    labels_T: jax.Array,
+    *,
+    placement: Placement,
+    **options: Any,
+) -> Sampled:
+    """Tokens and columns are padded to where the mesh divides them."""
+    T = len(hidden_TD)
+    pad_T, pad_V = -T % placement.batch_shards, -unembedding_DV.shape[1] % placement.vocab_shards
+    tokens = PartitionSpec(placement.batch)
+    on_mesh = jax.shard_map(
+        partial(_on_device, placement=placement, **options),
+        mesh=placement.mesh,
+        in_specs=(tokens, PartitionSpec(None, placement.vocab), tokens, tokens),
+        out_specs=Sampled(tokens, tokens, tokens),
+        check_vma=False,
+    )
+    out = on_mesh(
+        jnp.pad(hidden_TD, ((0, pad_T), (0, 0))),
+        jnp.pad(unembedding_DV.astype(hidden_TD.dtype), ((0, 0), (0, pad_V))),
+        jnp.pad(uniforms_TR, ((0, pad_T), (0, 0))),
+        jnp.pad(labels_T, (0, pad_T), constant_values=-1),
+    )
+    return Sampled(*(x[:T] for x in out))
+
+
+def _on_device(
+    hidden_TD: jax.Array,
+    table_DW: jax.Array,
+    uniforms_TR: jax.Array,
+    labels_T: jax.Array,
+    *,
+    vocab_size: int,
+    placement: Placement | None,
+    block: int,
+    logit_scale: float,
+    logit_cap: float | None,
+) -> Sampled:
+    """The draws among this device's columns, then of all devices."""
+    options: dict[str, Any] = {"logit_scale": logit_scale, "logit_cap": logit_cap, "block": block}
+    if placement is None or placement.vocab_shards == 1:
+        found = search.topk_unembed(hidden_TD, table_DW, labels_T, k=0, vocab_size=vocab_size, **options)
+        done = finish(found, labels_T)
+        lse_T, before_T = done.log_normalizer, jnp.zeros(len(hidden_TD))
+        ids_TR = xla.draw(hidden_TD, table_DW, uniforms_TR, lse_T, before_T, None, vocab_size=vocab_size, **options)
+        return Sampled(ids_TR, done.log_normalizer, done.ce)
+    width = table_DW.shape[1]
+    shard = jax.lax.axis_index(placement.vocab)
+    first = shard * width
+    valid = jnp.clip(vocab_size - first, 0, width)
+    own_labels_T = jnp.where((labels_T >= first) & (labels_T < first + width), labels_T - first, -1)
+    own = search.topk_unembed(hidden_TD, table_DW, own_labels_T, valid, k=0, vocab_size=width, **options)
+    done = finish(across(own, placement.vocab), labels_T)
+    share_T = jnp.exp(own.lse - done.log_normalizer)
+    shares_ST = jax.lax.all_gather(share_T, placement.vocab)
+    before_T = jnp.where(jnp.arange(placement.vocab_shards)[:, None] < shard, shares_ST, 0.0).sum(0)
+    lse_T = done.log_normalizer
+    ids_TR = xla.draw(hidden_TD, table_DW, uniforms_TR, lse_T, before_T, valid, vocab_size=width, **options)
+    ids_TR = jax.lax.pmax(jnp.where(ids_TR >= 0, ids_TR + first, -1), placement.vocab)
+    return Sampled(ids_TR, done.log_normalizer, done.ce)
