@@ -78,8 +78,9 @@ def _over_mesh(
     T = len(hidden_TD)
     pad_T, pad_V = -T % placement.batch_shards, -unembedding_DV.shape[1] % placement.vocab_shards
     tokens = PartitionSpec(placement.batch)
+    local: Callable[..., Sampled] = partial(_on_device, placement=placement, **options)
     on_mesh = jax.shard_map(
-        partial(_on_device, placement=placement, **options),
+        local,
         mesh=placement.mesh,
         in_specs=(tokens, PartitionSpec(None, placement.vocab), tokens, tokens),
         out_specs=Sampled(tokens, tokens, tokens),
