@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
 
-.PHONY: quickstart test test-all test-latest lint clean
+.PHONY: quickstart test test-all test-real test-latest lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -19,6 +19,11 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Published models against torch: make test-real FUSEJAX_REAL_MODELS=FOLDER_OF_MODEL_FOLDERS
+test-real: $(VENV)/installed-dev
+	@test -d "$(FUSEJAX_REAL_MODELS)" || { echo "error: make test-real FUSEJAX_REAL_MODELS=FOLDER, a folder of model folders"; exit 2; }
+	FUSEJAX_REAL_MODELS="$(FUSEJAX_REAL_MODELS)" $(BIN)/python -m pytest -s tests/models/test_real.py
 
 # Without torch, on the newest jax.
 test-latest: .venv-latest/installed

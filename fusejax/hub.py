@@ -1,6 +1,7 @@
 """What is asked of the Hugging Face hub: only what is not on this machine, and only when it can be reached."""
 
 import os
+import re
 import socket
 from pathlib import Path
 from urllib.parse import urlparse
@@ -8,11 +9,14 @@ from urllib.parse import urlparse
 from fusejax.errors import UserError
 
 _TIMEOUT_S = 5.0
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def is_local(name: str) -> bool:
-    """Whether `name` is a folder on this machine (or can only be meant as one) rather than a hub name."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    """Whether `name` is on this machine, or can only be meant as a path, rather than a hub name (OWNER/NAME)."""
+    path = Path(name).expanduser()
+    in_a_folder = "/" in name and path.parent.is_dir()
+    return path.exists() or not _NAME.fullmatch(name) or name.startswith(".") or in_a_folder
 
 
 def require_reachable(name: str, what: str) -> None:

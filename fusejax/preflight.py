@@ -6,7 +6,7 @@ the first text of each corpus. No tensor is read.
 
 from pathlib import Path
 
-from fusejax import corpus, metrics, models, tokenizers
+from fusejax import corpus, hub, metrics, models, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
@@ -35,8 +35,7 @@ def check(config: Config) -> None:
 
 def check_model(model: ModelConfig) -> None:
     """UserError where a model cannot be loaded, names or shapes do not match, or the tokenizer is not the model's."""
-    path = Path(model.model).expanduser()
-    if path.exists() or files.meant_as_folder(model.model):
+    if hub.is_local(model.model):
         folder = files.local_folder(model.model)
         _refuse_missing(model.model, folder)
         _check_weights(folder)

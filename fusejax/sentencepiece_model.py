@@ -7,11 +7,19 @@ the pieces' scores. Taking the order of the ids instead tokenizes runs of spaces
 import json
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusejax.canonical import SPACE_MARKER
 from fusejax.errors import UserError
+
+# Texts on which tokenizers that should be the same tend to differ: spaces and their runs, line ends, digits, accents,
+# characters outside the vocabulary.
+PROBES = (
+    "Hello world", " a", "  two  three", "a  b   c    d", " " * 7, "\n\nx\n", "\tdef f(x):\n        return x", "12345 678",
+    "naïve café 😀", "日本語", "a\u00a0b", "e\u0301", "don't", "",
+)  # fmt: skip
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
@@ -142,19 +150,56 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     return [merge for *_, merge in sorted(found)]
 
 
+def _check(model: Model, built: Any, path: Path) -> None:
+    """UserError where the backend's ids are not those of SentencePiece's own procedure on a probe (BPE)."""
+    kinds = {piece.kind for piece in model.pieces}
+    if model.kind != _BPE or model.charsmap or model.squeeze_spaces or kinds & {_USER_DEFINED, _UNUSED}:
+        return  # the procedure below knows nothing of these
+    for probe in PROBES:
+        text = probe.replace(" ", SPACE_MARKER)
+        wanted = _bpe(model, SPACE_MARKER + text if model.dummy_prefix and text else text)
+        if built.encode(probe, add_special_tokens=False).ids != wanted:
+            raise UserError(
+                f"{path}: {probe!r} is not tokenized as SentencePiece does; save the model's tokenizer.json"
+            )
+
+
+def _bpe(model: Model, text: str) -> list[int]:
+    """Ids of a text by SentencePiece's procedure: again and again the best-scored pair, the leftmost of equals."""
+    scores = {piece.text: (piece.score, i) for i, piece in enumerate(model.pieces) if piece.kind == _NORMAL}
+    symbols = list(text)
+    while True:
+        pairs = [(scores[a + b][0], -k) for k, (a, b) in enumerate(pairwise(symbols)) if a + b in scores]
+        if not pairs:
+            break
+        k = -max(pairs)[1]
+        symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
+    ids: list[int] = []
+    bytes_at = {piece.text: i for i, piece in enumerate(model.pieces) if piece.kind == _BYTE}
+    for symbol in symbols:
+        if symbol in scores:
+            ids.append(scores[symbol][1])
+        elif model.byte_fallback:
+            ids += [bytes_at[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+        elif not ids or ids[-1] != model.roles["unk"]:  # SentencePiece joins unknown characters to one
+            ids.append(model.roles["unk"])
+    return ids
+
+
 def load(path: Path, settings_path: Path | None) -> Any:
     """A transformers tokenizer from a `tokenizer.model` and, where there is one, its tokenizer_config.json."""
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
     model = read(path)
+    built = backend(model)
+    _check(model, built, path)
     settings: dict[str, Any] = {}
     if settings_path is not None:
         try:
             settings = json.loads(settings_path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{settings_path}: cannot be read ({error})") from None
-    built = backend(model)
     roles = {f"{role}_token": model.pieces[i].text for role, i in model.roles.items()}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = settings.get(key)

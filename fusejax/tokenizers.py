@@ -347,7 +347,7 @@ def _load(model: str, revision: str | None) -> Any:
     if raw is not None:
         return raw
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
+        return _as_filed(AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True), name, revision)
     except Exception as error:  # `tokenizers` raises Exception itself for a file that it cannot read
         if local:
             _refuse_missing(model)
@@ -356,7 +356,7 @@ def _load(model: str, revision: str | None) -> Any:
     hub.require_reachable(model, "model")
     try:
         hf = AutoTokenizer.from_pretrained(name, revision=revision)
-        return _raw_sentencepiece(name, revision) or hf
+        return _raw_sentencepiece(name, revision) or _as_filed(hf, name, revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{model}: its tokenizer cannot be loaded from the hub ({_first_line(error)})") from None
 
@@ -369,26 +369,49 @@ def _check_config(folder: Path) -> None:
         files.read_json(folder / "config.json")
 
 
-def _raw_sentencepiece(name: str, revision: str | None) -> Any:
-    """The tokenizer of a folder or of a hub name in the local cache that has only a SentencePiece model, else None."""
+def _find(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a folder, or of a hub name in the local cache."""
     from transformers.utils import cached_file
 
-    def find(file: str) -> Path | None:
-        found = cached_file(
-            name,
-            file,
-            revision=revision,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return Path(found) if found else None
+    found = cached_file(
+        name,
+        file,
+        revision=revision,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return Path(found) if found else None
 
-    path = find("tokenizer.model")
-    if path is None or find("tokenizer.json") is not None:
+
+def _raw_sentencepiece(name: str, revision: str | None) -> Any:
+    """The tokenizer of a folder or hub name that has only a SentencePiece model, else None."""
+    path = _find(name, "tokenizer.model", revision)
+    if path is None or _find(name, "tokenizer.json", revision) is not None:
         return None
-    return sentencepiece_model.load(path, find("tokenizer_config.json"))
+    return sentencepiece_model.load(path, _find(name, "tokenizer_config.json", revision))
+
+
+def _as_filed(hf: Any, name: str, revision: str | None) -> Any:
+    """`hf`, or where it does otherwise than its tokenizer.json on some probe, that file's tokenizer.
+
+    transformers makes the backend of some classes (LlamaTokenizer) anew from its vocabulary and merges, and then
+    spaces at the beginning of a text become other tokens.
+    """
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    path, made = _find(name, "tokenizer.json", revision), getattr(hf, "backend_tokenizer", None)
+    if path is None or made is None:
+        return hf
+    filed = Backend.from_file(str(path))
+    if all(
+        filed.encode(probe, add_special_tokens=False).ids == made.encode(probe, add_special_tokens=False).ids
+        for probe in sentencepiece_model.PROBES
+    ):
+        return hf
+    return PreTrainedTokenizerFast.from_pretrained(name, revision=revision, local_files_only=True)
 
 
 def _first_line(error: BaseException) -> str:

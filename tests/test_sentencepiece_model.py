@@ -127,3 +127,34 @@ def test_the_same_ids_as_sentencepiece(tmp_path, kind, byte_fallback):
     tok = Tokenizer(sentencepiece_model.load(tmp_path / "tokenizer.model", None))
     for text in [*TEXTS, "the  checkpoint", " x", "ﬁ ①", "1000 unknown: 語"]:
         assert tok.encode(text)[0].tolist() == reference.encode(text)
+
+
+def test_a_tokenizer_json_is_taken_as_it_is_whatever_class_is_named(folder, tmp_path):
+    """transformers makes a LlamaTokenizer anew from the file's vocabulary, with other ids; models were trained on
+    the file's."""
+    from transformers import AutoTokenizer
+
+    right = Tokenizer.load(str(folder))
+    saved = tmp_path / "saved"
+    sentencepiece_model.load(folder / "tokenizer.model", None).save_pretrained(saved)
+    settings = json.loads((saved / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded, theirs = Tokenizer.load(str(saved)), AutoTokenizer.from_pretrained(saved)
+    probes = [*sentencepiece_model.PROBES, "   t  ab"]
+    assert [loaded.encode(probe)[0].tolist() for probe in probes] == [right.encode(p)[0].tolist() for p in probes]
+    assert any(theirs.encode(p, add_special_tokens=False) != right.encode(p)[0].tolist() for p in probes)
+    assert loaded.roles == {"unk": 0, "bos": 1, "eos": 2}
+    assert loaded.adds_bos
+
+
+def test_a_backend_that_does_otherwise_is_refused(folder, monkeypatch):
+    """As the one that merges in the order of the ids: runs of spaces come out differently."""
+    by_id = sentencepiece_model._merges
+
+    def wrong(pieces):
+        return sorted(by_id(pieces), key=lambda pair: [piece.text for piece in pieces].index("".join(pair)))
+
+    monkeypatch.setattr(sentencepiece_model, "_merges", wrong)
+    with pytest.raises(UserError, match=r"tokenizer.model: '.*' is not tokenized as SentencePiece does") as caught:
+        Tokenizer.load(str(folder))
+    assert "\n" not in str(caught.value)

@@ -3,7 +3,6 @@
 import json
 import math
 import mmap
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fusejax import store
+from fusejax import hub, store
 from fusejax.errors import UserError
 
 TOKENIZER_FILES = (
@@ -29,7 +28,6 @@ TOKENIZER_FILES = (
 _SMALL_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]
 _SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _TORCH = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _HASHED_WHOLE = 256 << 20  # bytes; larger weight files are hashed by samples
 
@@ -62,18 +60,12 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None, weights:
     if path.exists():
         raise UserError(f"{path}: is a file; a model is a folder with config.json and model.safetensors")
     name = str(path_or_repo)
-    if isinstance(path_or_repo, Path) or meant_as_folder(name):
+    if isinstance(path_or_repo, Path) or hub.is_local(name):
         raise UserError(f"{name}: no such folder")
     folder = _download(name, revision, _SMALL_FILES + (_SAFETENSORS if weights else []))
     if weights and not any(folder.glob("*.safetensors")):
         folder = _download(name, revision, _SMALL_FILES + _TORCH)
     return folder
-
-
-def meant_as_folder(name: str) -> bool:
-    """Whether a name that is no folder could only have been meant as one."""
-    in_a_folder = "/" in name and Path(name).expanduser().parent.is_dir()
-    return not _HUB_NAME.fullmatch(name) or name.startswith(".") or in_a_folder
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
@@ -104,10 +96,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     except (OSError, errors.HfHubHTTPError) as error:
         if getattr(error, "errno", None) in (13, 28, 30, 122):
             raise store.writing_failed(getattr(error, "filename", None) or "the hub's cache", error) from None
-        raise UserError(
-            f"{where}: no such folder here, not in the hub's cache, and the hub cannot be reached; "
-            f"check the network (and HF_HUB_OFFLINE), or give a local folder"
-        ) from None
+        hub.require_reachable(name, "model")
+        raise UserError(f"{where}: the hub does not give it ({str(error).splitlines()[0]})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
