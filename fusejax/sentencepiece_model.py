@@ -17,8 +17,8 @@ from fusejax.errors import UserError
 # Texts on which tokenizers that should be the same tend to differ: spaces and their runs, line ends, digits, accents,
 # characters outside the vocabulary.
 PROBES = (
-    "Hello world", " a", "  two  three", "a  b   c    d", " " * 7, "\n\nx\n", "\tdef f(x):\n        return x", "12345 678",
-    "naïve café 😀", "日本語", "a\u00a0b", "e\u0301", "don't", "",
+    "Hello world", " a", "  two  three", "a  b   c    d", " " * 7, "\n\nx\n", "\tdef f(x):\n        return x",
+    "12345 678", "naïve café 😀", "日本語", "a\u00a0b", "e\u0301", "don't", "",
 )  # fmt: skip
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
