@@ -411,7 +411,7 @@ def _as_filed(hf: Any, name: str, revision: str | None) -> Any:
         for probe in sentencepiece_model.PROBES
     ):
         return hf
-    return PreTrainedTokenizerFast.from_pretrained(name, revision=revision, local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main", local_files_only=True)
 
 
 def _first_line(error: BaseException) -> str:
