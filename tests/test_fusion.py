@@ -1,3 +1,6 @@
+import doctest
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -406,3 +409,23 @@ def test_the_published_arithmetic(kind):
         fusion_mask=attention * (count / attention.sum()),  # the published code takes each term's own mean
     )
     np.testing.assert_allclose(sums.total / sums.count, λ * clm + (1 - λ) * fusion_loss, rtol=1e-5)
+
+
+@few
+@given(seed=seeds)
+def test_a_source_that_never_wins_changes_nothing(seed):
+    ids, probs, valid, ce, labels = example(seed)
+    worst = np.concatenate([ce, np.full((N, 1), 9, np.float32)], -1)
+    more = [np.concatenate([a, a[:, :1]], 1) for a in (ids, probs, valid)]
+    with_it, without = fuse(*more, worst, labels), fuse(ids, probs, valid, ce, labels)
+    for got, want in zip(with_it[:2], without[:2], strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(with_it.source_weights[:, :S], without.source_weights)
+    np.testing.assert_array_equal(with_it.fallback, without.fallback)
+
+
+@pytest.mark.parametrize("module", ["fusejax.fusion.mapping", "fusejax.fusion.combining", "fusejax.loss"])
+def test_examples_of_the_docstrings(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusejax import loss
+from fusejax import fusion, loss
 
 T, D, V, M = 12, 6, 17, 4
 seeds = st.integers(0, 2**32 - 1)
@@ -242,3 +242,39 @@ def test_no_buffer_of_tokens_times_vocabulary():
     ]
     assert 32 * vocab <= max(sizes) < tokens * vocab
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4
+
+
+@few
+@given(seeds, st.sampled_from(["tail", "renormalize"]), st.sampled_from(["ce", "kl"]))
+def test_temperature_one_is_the_limit_of_temperatures(seed, tail, kind):
+    arrays = (*example(seed), 0.3)
+    none = value_and_grad(*arrays, tail=tail, kind=kind)
+    nearly = value_and_grad(*arrays, tail=tail, kind=kind, temperature=1 + 1e-6)
+    # Under `tail` tempering scales a target of events to sum 1, which it is anyway.
+    close(nearly, none, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_sources", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("fallback", ["gold", "skip"])
+def test_without_any_aligned_row_fusion_is_clm(n_sources, fallback):
+    hidden, unembedding, labels, _, _, mask = example(n_sources)
+    tables = [fusion.TokenTable(jnp.zeros((5, 1), jnp.int32), jnp.zeros((5, 1), jnp.uint32))] * n_sources
+    shape = (T, n_sources)
+    fused = fusion.fuse_sources(
+        tables, jnp.zeros((*shape, M), jnp.int32), jnp.zeros((*shape, M)), jnp.zeros(shape, bool), labels,
+        source_ce=jnp.full(shape, jnp.inf), fallback=fallback,
+    )  # fmt: skip
+    assert np.all(fused.fallback)
+    sums, gradients = value_and_grad(hidden, unembedding, labels, fused.ids, fused.probs, mask, 0.25)
+    plain, plain_gradients = value_and_grad(hidden, unembedding, labels, fused.ids, fused.probs, mask, 1.0)
+    close((sums.fusion, sums.total, gradients), (plain.clm, plain.total, plain_gradients))
+    close(sums.target_entropy, 0.0)
+
+
+def test_entropy_of_the_model_changes_neither_loss_nor_gradient():
+    arrays = (*example(5), 0.3)
+    with_it, without = (value_and_grad(*arrays, model_entropy=asked) for asked in (True, False))
+    close(with_it[1], without[1], atol=1e-6)
+    close(with_it[0].total, without[0].total)
+    assert without[0].model_entropy == 0
+    assert 0 < with_it[0].model_entropy < with_it[0].count * np.log(V)
