@@ -221,6 +221,8 @@ class _Source:
         wanted = sources.inputs(config, source, self._tokenizer)
         check_inputs(self._cache.folder, {key: self._cache.inputs.get(key) for key in wanted}, wanted)
         self.width = self._cache.width
+        if config.alignment.gold_chain or config.fusion.level == "token":
+            self._cache.require_token_ce()
         self._row_maps = Store(config.folder / "alignment" / source.label)
         self._chains = Chains(config, source.label) if config.alignment.gold_chain else None
 

@@ -153,6 +153,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     add_config(commands.add_parser("plan", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
     help_text = "merge the weights of models of one architecture into one (linear, SLERP, TIES, DARE, SCE, ...)"
     add_config(commands.add_parser("merge", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
+    help_text = "take over next-token distributions that the FuseLLM code saved, as a source's cache"
+    imports = commands.add_parser("import", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    imports.add_argument("dataset", metavar="DATASET", help="a folder that datasets' save_to_disk wrote")
+    add_config(imports)
+    imports.add_argument("--source", required=True, metavar="NAME", help="the source of the configuration it is from")
     _add_inspect(commands)
     help_text = "measure what a part costs on this machine"
     benches = commands.add_parser("bench", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
@@ -266,6 +271,11 @@ def _command(arguments: Sequence[str] | None) -> None:
 
     distributed.start(job)
     with distributed.locked(job.folder):
+        if options.command == "import":
+            from fusejax import importing
+
+            importing.run(options.dataset, job, options.source)
+            return
         chosen = stage(options.command)
         if options.command in ALONE:
             distributed.alone(options.command, lambda: chosen(job))

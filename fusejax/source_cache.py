@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from fusejax.errors import UserError
 from fusejax.store import Store
 
 Values = Literal["float16", "float32", "uint8"]
@@ -123,3 +124,11 @@ class SourceCache(Store):
 
     def __getitem__(self, i: int) -> Record:
         return decode(super().__getitem__(i))
+
+    def require_token_ce(self) -> None:
+        """UserError unless every row has its own token's cross-entropy; imported rows have their document's."""
+        if "imported" in self.summary:
+            raise UserError(
+                f"{self.folder}: was imported and has one cross-entropy a document; set alignment.gold_chain to false "
+                "and fusion.level to document"
+            )

@@ -14,6 +14,7 @@ rows: it falls back for this source, is counted, and cannot reach its neighbours
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import groupby
@@ -70,7 +71,7 @@ def _cache(config: Config, source: ModelConfig) -> None:
     folder = config.folder / "sources" / source.label
     tokens = Store(config.folder / "data/train/tokens" / tokenizer.fingerprint)
     made_from = inputs(config, source, tokenizer) | {"model": models.fingerprint(source.model, source.revision)}
-    writer = StoreWriter(folder, made_from, len(tokens), _shard_records(tokens, config.max_length))
+    writer = StoreWriter(folder, made_from, len(tokens), shard_records(tokens, config.max_length))
     if writer.done:
         say(f"source {source.label}: done before, skipped")
         return
@@ -79,10 +80,11 @@ def _cache(config: Config, source: ModelConfig) -> None:
     if todo:
         _run_model(config, source, tokenizer, tokens, writer, todo)
     hosts.wait_for_all(f"source {source.label}")
-    distributed.alone(f"source {source.label}: manifest", lambda: _finish(source, tokens, writer))
+    distributed.alone(f"source {source.label}: manifest", lambda: finish(source, tokens, writer))
 
 
-def _finish(source: ModelConfig, tokens: Store, writer: StoreWriter) -> None:
+def finish(source: ModelConfig, tokens: Store, writer: StoreWriter, more: Mapping[str, str] | None = None) -> None:
+    """Mark a cache complete, with counts and versions in its manifest."""
     counts = _total(writer.notes())
     if counts["broken"]:
         say(
@@ -90,7 +92,8 @@ def _finish(source: ModelConfig, tokens: Store, writer: StoreWriter) -> None:
             f"documents, the first being {counts['first_broken']}; these fall back"
         )
     versions = {name: version(name) for name in ("jax", "flax", "transformers")}
-    writer.finish({"model": source.model, "label": source.label, "documents": len(tokens), **counts, **versions})
+    described = {"model": source.model, "label": source.label, "documents": len(tokens)}
+    writer.finish(described | counts | versions | dict(more or {}))
 
 
 def _total(notes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def _total(notes: list[dict[str, Any]]) -> dict[str, Any]:
     return totals | ({"first_broken": first} if first else {})
 
 
-def _shard_records(tokens: Store, max_length: int) -> int:
+def shard_records(tokens: Store, max_length: int) -> int:
     """Documents of a shard: about `_SHARD_TOKENS` tokens by the first documents' lengths, and the same in every run."""
     sample = [len(tokens[i]["ids"]) for i in range(min(len(tokens), 64))]
     mean = max(float(np.mean(sample)) if sample else max_length, 1.0)
@@ -164,7 +167,7 @@ def write_rows(
         groups = (Group(shard, *_lines(tokens, span, tokenizer), span.start) for shard, span in todo)
         for (shard, span), (_, results) in zip(todo, groupby(scorer.stream(groups), itemgetter(0)), strict=True):
             records: list[Record] = [{} for _ in span]
-            note = _Note()
+            note = Note()
             for _, places, all_scores in results:
                 for place, scores in zip(places, all_scores, strict=True):
                     text_rows = Scores(*(array[front:] for array in scores))
@@ -184,7 +187,7 @@ def _lines(tokens: Store, span: range, tokenizer: Tokenizer) -> tuple[list[np.nd
     return [line[0] for line in lines], [line[1] for line in lines]
 
 
-class _Note:
+class Note:
     """Counts over a shard's documents."""
 
     def __init__(self) -> None:

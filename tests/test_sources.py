@@ -16,7 +16,7 @@ from fusejax.tokenizers import Tokenizer
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of 3 documents, so that a few documents make several."""
-    monkeypatch.setattr(sources, "_shard_records", lambda tokens, max_length: 3)
+    monkeypatch.setattr(sources, "shard_records", lambda tokens, max_length: 3)
 
 
 def make_dense(folder, k):

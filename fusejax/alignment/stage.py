@@ -117,6 +117,7 @@ class Pair:
         cached = self._cache()
         if cached is None or not self._config.alignment.gold_chain:
             return False
+        cached.require_token_ce()
         folder = self._folder / "chain"
         inputs = self._inputs() | {"cache": fingerprint(cached.inputs)}
         manifest = read_manifest(folder)
