@@ -147,10 +147,18 @@ def _byte_level(piece: str) -> bytes:
         return piece.encode("utf-8", "replace")
 
 
+def _strips(step: dict[str, Any]) -> bool:
+    """Whether a step of a normalizer takes something away at a text's ends alone."""
+    if step["type"] != "Replace" or step["content"]:
+        return step["type"] == "Strip"
+    pattern = step["pattern"].get("Regex", "")
+    return pattern.startswith(("^", r"\A")) or pattern.endswith(("$", r"\z", r"\Z"))
+
+
 def mid_text(spec: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer as it works in the middle of a text: no dummy prefix, no stripping, nothing added."""
     changed = dict(spec, truncation=None, padding=None, post_processor=None)
-    kept = [step for step in steps(spec["normalizer"]) if step["type"] not in ("Prepend", "Strip")]
+    kept = [step for step in steps(spec["normalizer"]) if step["type"] != "Prepend" and not _strips(step)]
     changed["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     pre = []
     for step in steps(spec["pre_tokenizer"]):

@@ -123,7 +123,8 @@ def backend(model: Model) -> Any:
     result = Tokenizer(core)
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.squeeze_spaces:
-        steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
+        # Spaces alone: SentencePiece keeps a text's first and last newlines.
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.dummy_prefix:
         steps.append(normalizers.Prepend(SPACE_MARKER))
     result.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE_MARKER)])

@@ -155,7 +155,7 @@ class Tokenizer:
         starts = byte_of[[start for start, _ in offsets]].tolist()
         ends = np.maximum.accumulate(byte_of[[end for _, end in offsets]]).tolist()
         pieces = self._bytes[ids].tolist()
-        if pieces[0][:1] == b" " and data[:1] != b" ":
+        if pieces[0][:1] == b" " and (data[:1] != b" " or self._prefixes_spaces):
             pieces[0] = pieces[0][1:]  # the dummy prefix
         result = np.zeros(n, np.int32)
         at = t = 0
@@ -194,6 +194,12 @@ class Tokenizer:
         """Whether the first token of a text is marked as one that follows a space ('▁The' of 'The')."""
         ids, _ = self.encode("a")
         return bool(len(ids)) and (self.surfaces[ids[0]] or "").startswith(canonical.SPACE_MARKER)
+
+    @cached_property
+    def _prefixes_spaces(self) -> bool:
+        """Whether a text that starts with a space gets a dummy prefix, too."""
+        ids = self._backend.encode(" a", add_special_tokens=False).ids
+        return b"".join(self._bytes[ids].tolist()).startswith(b"  ")
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:

@@ -1,11 +1,11 @@
 """Raw SentencePiece models, written here byte by byte, and against the sentencepiece package where it is installed."""
 
-import io
 import json
 import struct
 
+import numpy as np
 import pytest
-from tokenizer_zoo import TEXTS
+from tokenizer_zoo import TEXTS, raw_sentencepiece, sentencepiece_bytes
 
 from fusejax import sentencepiece_model
 from fusejax.errors import UserError
@@ -108,25 +108,53 @@ def test_files_that_are_no_model(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+HARD = [
+    "", " ", "  ", "\n", "\n\n a\n", "\tx = 1  \n", "the  checkpoint", " x", "  the   cat  ", "1000 unknown: 語",
+    " \u2603 b", "ﬁ ① \u212b e\u0301 \uff21", "👩\u200d👩\u200d👧 👍🏽 🇩🇪", "שלום مرحبا", "中文字符", "\x00\x01 a",
+    "cat\u200bsat \ufeffx\u00a0y\u3000z",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("rule", ["identity", "nfkc", "nmt_nfkc"])
 @pytest.mark.parametrize("byte_fallback", [False, True])
-def test_the_same_ids_as_sentencepiece(tmp_path, kind, byte_fallback):
+@pytest.mark.parametrize(("prefix", "squeeze"), [(True, True), (True, False), (False, True), (False, False)])
+def test_the_same_ids_and_boundaries_as_sentencepiece(tmp_path, kind, rule, byte_fallback, prefix, squeeze):
     sentencepiece = pytest.importorskip("sentencepiece")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in TEXTS * 3 for line in text.splitlines() if line),
-        model_writer=model,
-        vocab_size=400 if byte_fallback else 140,
+    model = sentencepiece_bytes(
         model_type=kind,
+        normalization_rule_name=rule,
         byte_fallback=byte_fallback,
-        hard_vocab_limit=False,
-        minloglevel=2,
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=squeeze,
     )
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     tok = Tokenizer(sentencepiece_model.load(tmp_path / "tokenizer.model", None))
-    for text in [*TEXTS, "the  checkpoint", " x", "ﬁ ①", "1000 unknown: 語"]:
-        assert tok.encode(text)[0].tolist() == reference.encode(text)
+    compared = 0
+    for text in [*TEXTS, *HARD]:
+        data, pieces = text.encode(), reference.encode(text, return_type="proto").pieces
+        ids, boundaries = tok.encode(text)
+        assert ids.tolist() == [piece.id for piece in pieces], repr(text)
+        if not pieces:
+            continue
+        assert boundaries[-1] == len(data)
+        assert (np.diff(boundaries) >= 0).all()
+        for piece, boundary in zip(pieces[:-1], boundaries.tolist(), strict=False):
+            if (tok.canonical_bytes[piece.id] or b"?") == data[piece.begin : piece.end]:
+                assert boundary == piece.end, (text, piece)
+                compared += 1
+    assert compared > 80
+
+
+def test_a_dummy_prefix_before_a_space_is_no_text(tmp_path):
+    # '☃' is unknown, so that boundaries come from offsets, in which the prefix shares the space.
+    tok = Tokenizer(raw_sentencepiece(
+        model_type="unigram", normalization_rule_name="identity", remove_extra_whitespaces=False
+    ))  # fmt: skip
+    ids, boundaries = tok.encode(" \u2603 b")
+    assert [tok.canonical_bytes[i] for i in ids[:4]] == [b" ", b" ", None, b" "]
+    assert boundaries.tolist() == [0, 1, 4, 5, 6]
 
 
 def test_a_tokenizer_json_is_taken_as_it_is_whatever_class_is_named(folder, tmp_path):

@@ -1,7 +1,9 @@
 """Small tokenizers of every kind, trained on the spot: what the tests of boundaries and alignment run on."""
 
+import io
 import json
 import os
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from fusejax import sentencepiece_model
 from fusejax.tokenizers import Tokenizer
 
 TEXTS = [
@@ -93,6 +96,57 @@ def unigram(byte_fallback=False):
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def split_first():
+    """Byte-level BPE behind a Split pre-tokenizer as of Llama 3 and Qwen: NFC, digits one by one."""
+    wrapped = byte_level(420, normalizers.NFC())
+    backend = wrapped.backend_tokenizer
+    pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|end|>", eos_token="<|end|>")
+
+
+def wordpiece():
+    """WordPiece as of BERT: lower case, no accents, white space lost."""
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=250, special_tokens=["[UNK]", "[CLS]", "[SEP]", "[PAD]"], show_progress=False
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]"
+    )
+
+
+def raw_sentencepiece(**options):
+    """What fusejax reads from a `tokenizer.model` that the sentencepiece package trained with these options."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(sentencepiece_bytes(**options))
+        return sentencepiece_model.load(path, None)
+
+
+@lru_cache
+def sentencepiece_bytes(**options):
+    """A SentencePiece model file of a small vocabulary."""
+    import sentencepiece
+
+    made = io.BytesIO()
+    size = 420 if options.get("byte_fallback") else 150
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line] * 3),
+        model_writer=made, vocab_size=size, hard_vocab_limit=False, minloglevel=2, num_threads=1, **options,
+    )  # fmt: skip
+    return made.getvalue()
+
+
 _MAKERS = {
     "byte-level": byte_level,
     "byte-level coarse": lambda: byte_level(520, spaces=True),
@@ -103,9 +157,22 @@ _MAKERS = {
     "sentencepiece metaspace": lambda: sentencepiece_bpe(metaspace=True),
     "unigram": unigram,
     "unigram bytes": lambda: unigram(byte_fallback=True),
+    "byte-level split": split_first,
+    "wordpiece": wordpiece,
+    "raw bpe": lambda: raw_sentencepiece(
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False
+    ),
+    "raw bpe nmt": lambda: raw_sentencepiece(model_type="bpe", normalization_rule_name="nmt_nfkc"),
+    "raw unigram": lambda: raw_sentencepiece(
+        model_type="unigram", normalization_rule_name="nfkc", add_dummy_prefix=False
+    ),
 }
 NAMES = list(_MAKERS)
-LOSSLESS = [name for name in NAMES if name not in ("byte-level NFC", "unigram")]
+NORMALIZING = ["byte-level NFC", "byte-level split"]
+"""They change some of a text."""
+LOSSY = ["unigram", "wordpiece", "raw bpe nmt", "raw unigram"]
+"""They have no token for some of a text, besides."""
+LOSSLESS = [name for name in NAMES if name not in (*NORMALIZING, *LOSSY)]
 
 
 @lru_cache
