@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
 
     from fusejax import alignment, corpus, distributed, evaluation, preflight, report, sources, training
+    from fusejax.evaluation import baselines
 
     distributed.start(job)  # with the other processes, where there are several
     preflight.check(job)  # what would fail after hours
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         alignment.run(job)  # row maps and token maps
         training.run(job)  # fusion and loss, on packed batches
         training.export(job)  # Hugging Face folders
+        baselines.run(job)  # what fusion is compared with
         distributed.alone("evaluate", lambda: evaluation.run(job))  # bits per byte, before and after
         distributed.alone("report", lambda: report.run(job))  # report.json, report.html
 

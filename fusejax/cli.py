@@ -21,6 +21,7 @@ STAGES = {
     "align": "map every source's rows and tokens to the target's",
     "train": "train the target on the fused distributions, and on CLM alone for comparison",
     "export": "write the trained model as a Hugging Face folder",
+    "baselines": "make what fusion is compared with: the models that evaluation.baselines names",
     "evaluate": "bits per byte of every model on held-out documents",
     "report": "write report.json and report.html",
 }
@@ -295,6 +296,8 @@ def stage(name: str) -> Callable[[config.Config], None]:
         from fusejax.training import run as chosen
     elif name == "export":
         from fusejax.training import export as chosen
+    elif name == "baselines":
+        from fusejax.evaluation.baselines import run as chosen
     elif name == "evaluate":
         from fusejax.evaluation import run as chosen
     else:

@@ -7,7 +7,7 @@ Each key is declared once, below, with its default, its range and its meaning. T
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -191,12 +191,21 @@ class DistributedConfig(Section):
     timeout_s: float = Field(120.0, ge=5)  # a process that is missing or gone for so long ends the job
 
 
+Baseline = Literal["distill", "exact", "avg_ce", "fusellm", "merge", "ensemble"]
+
+
 class EvaluationConfig(Section):
     """Held-out documents, and what the fused model is compared with."""
 
     corpus: CorpusConfig | None = None
     clm: bool = True  # also train with CLM alone: same data, steps and seed
+    baselines: tuple[Baseline, ...] = ()  # what else to compare with; see `fusejax.evaluation.baselines`
     batch_tokens: int = Field(8192, ge=1)
+
+    @field_validator("baselines")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
 
 
 # What `compat` sets: the quirks of the paper's code that have a key. The others follow from `compat` itself.
@@ -272,7 +281,8 @@ class Config(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"two sources are called {label!r}: give one of them another `name`")
-            if label in ("target", "clm", "fused", "average") or "/" in label or label.startswith("."):
+            taken = ("target", "clm", "fused", "average", *get_args(Baseline))
+            if label in taken or "/" in label or label.startswith("."):
                 raise ValueError(f"a source cannot be called {label!r}: give it another `name`")
         return sources
 
@@ -288,6 +298,8 @@ class Config(Section):
                 )
         if self.lora is not None and self.optimizer.frozen:
             raise ValueError("optimizer.frozen: under `lora` all parameters are frozen already; remove one of the two")
+        if self.evaluation.baselines and not self.sources:
+            raise ValueError("evaluation.baselines: there are no sources that they could use")
         self._check_fusion()
         self._check_batch()
         return self

@@ -69,6 +69,7 @@ def _bytes_per_token(config: Config) -> float:
 def show(config: Config) -> None:
     """Print the plan. Raises UserError where a local model or corpus is missing or of no use."""
     from fusejax import preflight
+    from fusejax.evaluation import baselines
 
     preflight.check(config)
     tokens, tokens_known_by = corpus_tokens(config)
@@ -107,10 +108,13 @@ def show(config: Config) -> None:
             tokens * 8,
         )
     state = target.parameters * 4 * 3 * (config.checkpoint.keep + 1)  # parameters and two moments, float32
-    for name in ["fused", "clm"] if config.evaluation.clm and config.sources else ["fused"]:
+    trained = [name for name in config.evaluation.baselines if name in baselines.TRAINED]
+    for name in ["fused", *(["clm"] if config.evaluation.clm and config.sources else []), *trained]:
         what = f"{_number(tokens * config.batch.epochs if not config.batch.steps else steps * batch)} tokens"
         row(f"train {name}", f"{what}, {_number(target.parameters)} parameters", state)
         row(f"export {name}", "Hugging Face folder", target.parameters * 4)
+    if "merge" in config.evaluation.baselines:
+        row("merge", "mean of the sources' weights, where they fit", target.parameters * 4)
     row(
         "evaluate",
         "bits per byte, held-out documents" if config.evaluation.corpus else "no evaluation.corpus: skipped",

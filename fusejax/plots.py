@@ -23,7 +23,28 @@ matplotlib.rcParams.update(
     }
 )
 
-COLORS = {"fused": "#c2410c", "clm": "#2563eb", "target": "#6b7280"}
+COLORS = {
+    "fused": "#c2410c",
+    "clm": "#2563eb",
+    "target": "#6b7280",
+    "distill": "#7c3aed",
+    "exact": "#a16207",
+    "avg_ce": "#ea9a5e",
+    "fusellm": "#0f766e",
+    "merge": "#be185d",
+    "ensemble": "#4d7c0f",
+}
+LABELS = {
+    "target": "target (before)",
+    "clm": "CLM only",
+    "distill": "distilled from the best source",
+    "exact": "exact-match alignment",
+    "avg_ce": "AvgCE",
+    "fusellm": "FuseLLM (the paper's code)",
+    "merge": "weight merging",
+    "ensemble": "ensemble of the sources",
+    "fused": "fused",
+}
 SOURCE_COLORS = ("#cbd5e1", "#99c1b9", "#d8b4e2", "#e2cf9b", "#a3b18a", "#f2b5a7")
 
 

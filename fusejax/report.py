@@ -81,7 +81,7 @@ def _bits_per_byte(config: Config) -> dict[str, Any]:
     folder = config.folder / "evaluation"
     names = ["target", *(source.label for source in config.sources)]
     names += ["clm"] if "clm" in runs(config) else []
-    names += ["fused"]
+    names += [*config.evaluation.baselines, "fused"]
     found = {}
     for name in names:
         path = folder / f"{name}.json"
@@ -103,7 +103,7 @@ def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     domains = [key for key in next(iter(scores.values())) if key != "average"]
     rows = []
     for name, values in scores.items():
-        label = {"target": "target (before)", "clm": "CLM only", "fused": "fused"}.get(name, name)
+        label = plots.LABELS.get(name, name)
         rows.append([label, *(f"{values[domain]:.4f}" for domain in [*domains, "average"])])
     return ["bits per byte", *domains, "average"], rows
 

@@ -16,24 +16,19 @@ max_length − stride tokens before it where there are as many. The BOS stands i
 window.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice, tee
-from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fusejax import models, sharding, tokenizers
-from fusejax.config import Config, ModelConfig
+from fusejax import sharding
 from fusejax.errors import UserError
-from fusejax.progress import progress, say
+from fusejax.progress import progress
 from fusejax.scoring import Scorer, check_fits, inputs_and_labels
-from fusejax.store import Store, fingerprint, write_atomically
 from fusejax.tokenizers import Tokenizer
 
 _WINDOW = 1024  # documents that are sorted by length together
@@ -238,93 +233,3 @@ def _cross_entropies(
     for (document, _), ce in zip(owners, found, strict=True):
         parts[document].append(ce)
     yield from (np.concatenate(ces) for ces in parts)
-
-
-def run(config: Config) -> None:
-    """The stage `evaluate`: evaluation/<name>.json for the target as it was, every source, and what was trained so far.
-
-    A result whose inputs still hold is kept. Raises UserError where the held-out documents are missing.
-    """
-    if config.evaluation.corpus is None:
-        say("evaluate: no evaluation.corpus in the configuration, so there is nothing to evaluate on")
-        return
-    known: dict[str, dict[str, Any]] = {}
-    for name, model in _models(config).items():
-        evaluate(config, name, model, known)
-
-
-def _models(config: Config) -> dict[str, ModelConfig]:
-    """Every model that there is to evaluate, by the name that reports give it."""
-    found = {"target": config.target, **{source.label: source for source in config.sources}}
-    for name, folder in (("clm", config.folder / "clm" / "export"), ("fused", config.folder / "export")):
-        if folder.is_dir():
-            found[name] = ModelConfig(model=str(folder), bos=config.target.bos)
-    return found
-
-
-def evaluate(
-    config: Config, name: str, model: ModelConfig, known: dict[str, dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    """One model's results, from evaluation/<name>.json where that was made from the same inputs.
-
-    known: results by the fingerprint of their inputs; the target that is also a source is evaluated once.
-    """
-    known = {} if known is None else known
-    heldout = config.folder / "data/heldout"
-    tokenizer = tokenizers.for_model(model)
-    documents = Store(heldout / "documents")
-    inputs = {
-        "model": models.fingerprint(model.model, model.revision),
-        "tokenizer": tokenizer.fingerprint,
-        "text": fingerprint(documents.inputs),
-        "max_length": config.max_length,
-        "compute": config.precision.compute,
-    }
-    path = config.folder / "evaluation" / f"{name}.json"
-    before = _read(path)
-    if before is not None and before.get("inputs") == inputs:
-        say(f"evaluate {name}: done before, skipped")
-        known[fingerprint(inputs)] = before
-        return before
-    result = known.get(fingerprint(inputs))
-    if result is None:
-        mesh = sharding.local_mesh(config.mesh)
-        compute = jnp.dtype(config.precision.compute)
-        decoder = models.load(
-            model.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=model.revision,
-            attention=config.attention,
-        )  # fmt: skip
-        sums = measure(
-            decoder,
-            tokenizer,
-            documents,
-            Store(heldout / "tokens" / tokenizer.fingerprint),
-            max_length=config.max_length,
-            batch_tokens=config.evaluation.batch_tokens,
-            mesh=mesh,
-            name=name,
-        )
-        result = known[fingerprint(inputs)] = _result(inputs, sums)
-    write_atomically(path, json.dumps({"name": name, "path": model.model, **result}, indent=1))
-    return result
-
-
-def _result(inputs: dict[str, Any], sums: dict[str, DomainSums]) -> dict[str, Any]:
-    return {
-        "inputs": inputs,
-        "bits_per_byte": with_average({domain: s.bits_per_byte for domain, s in sums.items()}),
-        "perplexity": with_average({domain: s.perplexity for domain, s in sums.items()}),
-        "counts": {
-            domain: {"nats": s.nats, "bytes": s.bytes, "tokens": s.tokens, "documents": s.documents}
-            for domain, s in sums.items()
-        },
-    }
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """An earlier result; None where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -39,7 +39,7 @@ def measure_corpus(
     over them. Raises UserError for faults of model, tokenizer and corpus.
     """
     tokenizer = tokenizers.for_model(model)
-    on_mesh = sharding.make_mesh(mesh or MeshConfig(fsdp=len(jax.devices())))
+    on_mesh = sharding.local_mesh(mesh or MeshConfig(fsdp=len(jax.local_devices())))
     dtype = jnp.dtype(compute)
     decoder = models.load(model.model, mesh=on_mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision)
     documents, tokens = tee(_tokenized(corpus, tokenizer))
@@ -72,7 +72,7 @@ def measure_ensemble_of(
 
     max_length: default the least of the contexts that the models were made for. The others as in `measure_corpus`.
     """
-    on_mesh, dtype = sharding.make_mesh(mesh or MeshConfig(fsdp=len(jax.devices()))), jnp.dtype(compute)
+    on_mesh, dtype = sharding.local_mesh(mesh or MeshConfig(fsdp=len(jax.local_devices()))), jnp.dtype(compute)
     documents = list(read_documents(corpus))
     contexts = [models.read_config(model.model, model.revision)[1].max_length for model in given]
 

@@ -3,7 +3,7 @@
 See docs/merging.md for the configuration, `fusejax.merging.methods` for the formulas.
 """
 
-from fusejax.merging.config import MergeConfig, load
+from fusejax.merging.config import MergeConfig, MergedModel, load
 from fusejax.merging.stage import merge
 
-__all__ = ["MergeConfig", "load", "merge"]
+__all__ = ["MergeConfig", "MergedModel", "load", "merge"]

@@ -119,7 +119,7 @@ def _blame(read: Sequence[jax.Array], opened: Opened) -> str:
 
 def _placement() -> Callable[[np.ndarray], jax.Array]:
     """Puts a tensor on the devices as float32, split over all of them where one of its dimensions allows."""
-    mesh = sharding.make_mesh(MeshConfig(fsdp=len(jax.devices())))
+    mesh = sharding.local_mesh(MeshConfig(fsdp=len(jax.local_devices())))
 
     def place(array: np.ndarray) -> jax.Array:
         return jax.device_put(array.astype(np.float32), sharding.spread(mesh, array.shape))

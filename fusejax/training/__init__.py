@@ -6,9 +6,9 @@ on. `runs` says which there are and what each depends on, `state` lays out what 
 function, `loop` runs it.
 """
 
-from fusejax.training.exporting import export
+from fusejax.training.exporting import export, export_run
 from fusejax.training.loop import run, train
 from fusejax.training.runs import run_folder, run_inputs, runs
 from fusejax.training.state import Trainer
 
-__all__ = ["Trainer", "export", "run", "run_folder", "run_inputs", "runs", "train"]
+__all__ = ["Trainer", "export", "export_run", "run", "run_folder", "run_inputs", "runs", "train"]

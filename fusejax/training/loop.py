@@ -35,7 +35,7 @@ def train(config: Config, name: str) -> None:
     if record is not None and record["done"]:
         say(f"train {name}: done before, skipped")
         return
-    with_sources = bool(config.sources) and name == "fused"
+    with_sources = bool(config.sources) and name != "clm"
     batches = Batches(config, with_sources=with_sources)
     trainer = Trainer.make(config, batches.steps_total, with_sources)
     started = time.monotonic()

@@ -39,7 +39,7 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
         "loss.z_loss": config.loss.z_loss,
     }
     sections = ["optimizer", "batch", "lora", "guard"]
-    if name == "fused" and config.sources:
+    if name != "clm" and config.sources:
         sections += ["loss", "fusion", "alignment"]
         for source in config.sources:
             made_from = store.Store(config.folder / "sources" / source.label).inputs

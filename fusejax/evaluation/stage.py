@@ -1,0 +1,154 @@
+"""The stage `evaluate`: bits per byte of every model of a job on its held-out documents, one JSON file each."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from fusejax import models, sharding, tokenizers
+from fusejax.config import Config, ModelConfig
+from fusejax.evaluation import baselines
+from fusejax.evaluation.ensemble import Member, measure_ensemble
+from fusejax.evaluation.perplexity import DomainSums, measure, with_average
+from fusejax.progress import say
+from fusejax.store import Store, fingerprint, write_atomically
+
+
+def run(config: Config) -> None:
+    """Write evaluation/<name>.json for the target as it was, every source, the baselines, and what was trained so far.
+
+    A result whose inputs still hold is kept. Raises UserError where the held-out documents are missing.
+    """
+    if config.evaluation.corpus is None:
+        say("evaluate: no evaluation.corpus in the configuration, so there is nothing to evaluate on")
+        return
+    known: dict[str, dict[str, Any]] = {}
+    for name, model in _models(config).items():
+        evaluate(config, name, model, known)
+    if "ensemble" in config.evaluation.baselines:
+        _evaluate_ensemble(config)
+
+
+def _models(config: Config) -> dict[str, ModelConfig]:
+    """Every model that there is to evaluate, by the name that reports give it."""
+    found = {"target": config.target, **{source.label: source for source in config.sources}}
+    trained = {"clm": config.folder / "clm" / "export", "fused": config.folder / "export"}
+    for name, folder in (trained | baselines.exports(config)).items():
+        if folder.is_dir():
+            found[name] = ModelConfig(model=str(folder), bos=config.target.bos)
+    return found
+
+
+def _inputs(config: Config, model: ModelConfig, documents: Store) -> dict[str, Any]:
+    """What determines a model's result."""
+    return {
+        "model": models.fingerprint(model.model, model.revision),
+        "tokenizer": tokenizers.for_model(model).fingerprint,
+        "text": fingerprint(documents.inputs),
+        "max_length": config.max_length,
+        "compute": config.precision.compute,
+    }
+
+
+def _heldout(config: Config) -> Store:
+    return Store(config.folder / "data/heldout/documents")
+
+
+def _tokens(config: Config, model: ModelConfig) -> Store:
+    return Store(config.folder / "data/heldout/tokens" / tokenizers.for_model(model).fingerprint)
+
+
+def _loader(config: Config, model: ModelConfig) -> Callable[[], models.Decoder]:
+    mesh, compute = sharding.local_mesh(config.mesh), jnp.dtype(config.precision.compute)
+    return partial(
+        models.load, model.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=model.revision,
+        attention=config.attention,
+    )  # fmt: skip
+
+
+def evaluate(
+    config: Config, name: str, model: ModelConfig, known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """One model's results, from evaluation/<name>.json where that was made from the same inputs.
+
+    known: results by the fingerprint of their inputs; the target that is also a source is evaluated once.
+    """
+    known = {} if known is None else known
+    documents = _heldout(config)
+    inputs = _inputs(config, model, documents)
+    before = _done_before(config, name, inputs)
+    if before is not None:
+        known[fingerprint(inputs)] = before
+        return before
+    result = known.get(fingerprint(inputs))
+    if result is None:
+        sums = measure(
+            _loader(config, model)(),
+            tokenizers.for_model(model),
+            documents,
+            _tokens(config, model),
+            max_length=config.max_length,
+            batch_tokens=config.evaluation.batch_tokens,
+            mesh=sharding.local_mesh(config.mesh),
+            name=name,
+        )
+        result = known[fingerprint(inputs)] = _result(inputs, sums)
+    write_atomically(_path(config, name), json.dumps({"name": name, "path": model.model, **result}, indent=1))
+    return result
+
+
+def _evaluate_ensemble(config: Config) -> None:
+    """The sources' average of probabilities, with equal weights; see `fusejax.evaluation.ensemble`."""
+    documents = _heldout(config)
+    inputs = {source.label: _inputs(config, source, documents) for source in config.sources}
+    if _done_before(config, "ensemble", inputs) is not None:
+        return
+    members = [
+        Member(source.label, tokenizers.for_model(source), _tokens(config, source), _loader(config, source))
+        for source in config.sources
+    ]
+    sums = measure_ensemble(
+        members,
+        documents,
+        max_length=config.max_length,
+        batch_tokens=config.evaluation.batch_tokens,
+        mesh=sharding.local_mesh(config.mesh),
+    )
+    result = {"name": "ensemble", "of": [member.name for member in members], **_result(inputs, sums)}
+    write_atomically(_path(config, "ensemble"), json.dumps(result, indent=1))
+
+
+def _path(config: Config, name: str) -> Path:
+    return config.folder / "evaluation" / f"{name}.json"
+
+
+def _done_before(config: Config, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    before = _read(_path(config, name))
+    if before is None or before.get("inputs") != inputs:
+        return None
+    say(f"evaluate {name}: done before, skipped")
+    return before
+
+
+def _result(inputs: dict[str, Any], sums: dict[str, DomainSums]) -> dict[str, Any]:
+    return {
+        "inputs": inputs,
+        "bits_per_byte": with_average({domain: s.bits_per_byte for domain, s in sums.items()}),
+        "perplexity": with_average({domain: s.perplexity for domain, s in sums.items()}),
+        "counts": {
+            domain: {"nats": s.nats, "bytes": s.bytes, "tokens": s.tokens, "documents": s.documents}
+            for domain, s in sums.items()
+        },
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """An earlier result; None where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
