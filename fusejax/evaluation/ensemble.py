@@ -42,6 +42,7 @@ from fusejax.evaluation.perplexity import (
     windowed,
 )
 from fusejax.progress import progress
+from fusejax.store import Store
 from fusejax.tokenizers import Tokenizer
 
 Average = Literal["probability", "log_probability"]
@@ -58,13 +59,13 @@ class Member:
 
     name: str
     tokenizer: Tokenizer
-    tokens: Sequence[dict[str, Any]]
+    tokens: Sequence[dict[str, Any]] | Store
     load: Callable[[], Any]  # a Decoder
 
 
 def measure_ensemble(
     members: Sequence[Member],
-    documents: Sequence[dict[str, Any]],
+    documents: Sequence[dict[str, Any]] | Store,
     *,
     weights: Sequence[float] | None = None,
     average: Average = "probability",
