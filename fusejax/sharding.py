@@ -5,7 +5,7 @@ A mesh has three: `data` (replicas of the model), `fsdp` (parameters, optimizer 
 Programs are jitted with these NamedShardings as input and output shardings, which is what `pjit` has become in JAX.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,13 +31,15 @@ RULES: dict[str, str] = {
 BATCH = ("data", "fsdp")  # the batch dimension is split over both
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
-    """The device mesh of a configuration; one device where there is none.
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh of a configuration, of the first of `devices` (default: this machine's); one device without it.
 
     Raises UserError where the mesh asks for more devices than there are.
     """
     shape = (config.data, config.fsdp, config.tensor) if config else (1, 1, 1)
-    devices, needed = jax.devices() if config else jax.local_devices(), int(np.prod(shape))
+    if devices is None:
+        devices = jax.devices() if config else jax.local_devices()
+    needed = int(np.prod(shape))
     if needed > len(devices):
         raise UserError(
             f"mesh: data x fsdp x tensor = {shape[0]} x {shape[1]} x {shape[2]} needs {needed} devices, "

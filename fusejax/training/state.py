@@ -1,6 +1,7 @@
 """What is trained: parameters, optimizer state and step, laid out over the mesh, and the jitted step beside them."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,23 +65,34 @@ class Trainer:
 
 def init_state(config: Config, trained: Any, optimizer: Any, mesh: jax.sharding.Mesh) -> State:
     """The state before the first step. Every moment is made in the layout of its parameter; scalars are replicated."""
+    make = partial(_beside, config, optimizer)
+    layouts = sharding.like(_abstract_beside(make, trained, mesh))
+    return {"params": trained} | jax.jit(make, out_shardings=layouts)(trained)
+
+
+def abstract_state(config: Config, trained: Any, optimizer: Any, mesh: jax.sharding.Mesh) -> State:
+    """`init_state` as shapes with their shardings, from those of the trained parameters."""
+    return {"params": trained} | _abstract_beside(partial(_beside, config, optimizer), trained, mesh)
+
+
+def _beside(config: Config, optimizer: Any, trained: Any) -> State:
+    """What the state holds besides the parameters."""
+    made = {"optimizer": optimizer.init(trained), "step": jnp.zeros((), jnp.int32), "guard": guard.init()}
+    if config.optimizer.ema is not None:
+        made["ema"] = jax.tree.map(jnp.copy, trained)
+    return made
+
+
+def _abstract_beside(make: Any, trained: Any, mesh: jax.sharding.Mesh) -> State:
     whole = sharding.replicated(mesh)
-
-    def others(trained: Any) -> State:
-        made = {"optimizer": optimizer.init(trained), "step": jnp.zeros((), jnp.int32), "guard": guard.init()}
-        if config.optimizer.ema is not None:
-            made["ema"] = jax.tree.map(jnp.copy, trained)
-        return made
-
     by_path = {tuple(path): (leaf.shape, leaf.sharding) for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
 
-    def layout(path: Any, leaf: Any) -> jax.sharding.Sharding:
+    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         # A moment's path ends with its parameter's; a factored moment has another shape and is small.
         for start in range(len(path)):
             shape, placed = by_path.get(tuple(path[start:]), (None, whole))
             if shape == leaf.shape:
-                return placed
-        return whole
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    layouts = jax.tree_util.tree_map_with_path(layout, jax.eval_shape(others, trained))
-    return {"params": trained} | jax.jit(others, out_shardings=layouts)(trained)
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, trained))

@@ -33,7 +33,9 @@ def topk_unembed(
     """As `xla.topk_unembed`; `block`: columns of a tile, a multiple of 128."""
     T, D = hidden_TD.shape
     table = unembedding_DV.astype(hidden_TD.dtype)
-    tile = next((n for n in (512, 256) if 4 * n * D * table.dtype.itemsize <= _TILES_BYTES), _LANES)
+    # A product of float32 factors at full precision holds them once more, in pieces.
+    itemsize = table.dtype.itemsize * (2 if table.dtype == jnp.float32 else 1)
+    tile = next((n for n in (512, 256) if 4 * n * D * itemsize <= _TILES_BYTES), _LANES)
     rows, columns = min(tile, -(-T // 16) * 16), min(block or tile, -(-vocab_size // _LANES) * _LANES)
     lanes = max(-(-k // _LANES), 1) * _LANES
     limit = jnp.full((1,), vocab_size if valid is None else valid, jnp.int32)

@@ -1,0 +1,273 @@
+"""Ahead-of-time compilation for accelerators that are not here: does a job fit, and what does it exchange?
+
+`topology` names the machine ("v5p:2x2x2", "h100:8"), `train_step` compiles a job's jitted step for it from shapes
+alone, and the result says what each device holds and what goes over the wires. TPUs need `libtpu` (pip install
+"jax[tpu]") of the version that belongs to jaxlib; H100s need jax >= 0.12 with jax-cuda13-plugin and jax-cuda13-pjrt.
+Neither needs the hardware.
+"""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+
+from fusejax import fusion, models, sharding
+from fusejax import optimizer as optimizers
+from fusejax.config import Config
+from fusejax.errors import UserError
+from fusejax.training.state import abstract_state
+from fusejax.training.step import make_step
+
+TPUS = ("v4", "v5e", "v5p", "v6e")
+
+_H100_CORES = 132
+# What XLA's CUDA compiler wants to know of a device; NVIDIA's data sheet of the H100 SXM5 80 GB.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  core_count: %d fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3" device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+""" % _H100_CORES
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind in one execution, loops unrolled. bytes: of their results, on each device."""
+
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program; all sizes are bytes on each device.
+
+    arguments and temporaries; peak: the most that is held at once; outputs that share an argument's buffer count in
+    arguments alone. collectives: by kind. flops: as the compiler counts them, each loop's body once. seconds: of the
+    compilation.
+    """
+
+    arguments: int
+    temporaries: int
+    peak: int
+    collectives: dict[str, Traffic]
+    flops: float
+    seconds: float
+
+
+def topology(name: str) -> Sequence[Any]:
+    """The devices of a machine by its name: TPU:SHAPE as in `v5p:2x2x2` and `v6e:2x4`, or `h100:N`.
+
+    Raises UserError for a name that is not known, and where what compiles for it is not installed.
+    """
+    kind, colon, shape = name.partition(":")
+    if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise UserError(f"topology {name!r}: should be a machine and its shape, as v5p:2x2x2, v6e:2x4 or h100:8")
+    if kind in TPUS:
+        return _tpu(name)
+    if kind == "h100":
+        return _h100(shape)
+    raise UserError(f"topology {name!r}: known machines are {', '.join(TPUS)} and h100")
+
+
+def _tpu(name: str) -> Sequence[Any]:
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError(f"topology {name!r}: needs libtpu; pip install 'jax[tpu]=={jax.__version__}'") from None
+    # Without these libtpu asks the cloud's metadata server which TPU it is on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:
+        raise UserError(f"topology {name!r}: libtpu refuses it: {_first_line(error)}") from None
+
+
+def _h100(shape: str) -> Sequence[Any]:
+    if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 12):
+        raise UserError(f"topology 'h100:{shape}': needs jax >= 0.12, here is {jax.__version__}")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    whole = "x".join(["1", "1", *shape.split("x")][-3:])
+    try:
+        found = topologies.get_topology_desc(platform="cuda", topology_name=shape, target_config=_H100, topology=whole)
+        return found.devices
+    except Exception as error:
+        needs = "jax-cuda13-plugin and jax-cuda13-pjrt, which belong to jaxlib"
+        raise UserError(f"topology 'h100:{shape}': needs {needs}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def train_step(
+    config: Config,
+    model_config: models.DecoderConfig,
+    devices: Sequence[Any],
+    *,
+    source_vocabularies: Sequence[int] = (),
+    table_columns: int = 16,
+    steps_total: int = 1000,
+) -> Program:
+    """Compile the training step of a job for `devices` (see `topology`), from shapes alone.
+
+    source_vocabularies: rows of each source's token table; none: the CLM-only step. table_columns: how many bytes of a
+    source token a row may have consumed, plus one. Raises UserError where it does not fit, with the compiler's reason.
+    """
+    if config.lora is not None:
+        raise UserError("lora: adapters are not compiled ahead of time")
+    mesh = sharding.make_mesh(config.mesh, devices)
+    model = models.Decoder(model_config, jnp.dtype(config.precision.compute), config.remat)
+    graphdef, _ = nnx.split(model)
+    shapes, placed = models.abstract_params(model_config), models.shardings(model_config, mesh)
+    params = nnx.to_pure_dict(
+        jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, placed)
+    )
+    optimizer, schedule = optimizers.make(config.optimizer, steps_total)
+    state = abstract_state(config, params, optimizer, mesh)
+    step = make_step(config, graphdef, optimizer, schedule, steps_total, sharding.like(state), {}, mesh)
+    whole = sharding.replicated(mesh)
+    tables = [
+        fusion.TokenTable(
+            jax.ShapeDtypeStruct((rows, table_columns), jnp.int32, sharding=whole),
+            jax.ShapeDtypeStruct((rows, table_columns), jnp.uint32, sharding=whole),
+        )
+        for rows in source_vocabularies
+    ]
+    return compile_for(step, state, {}, abstract_batch(config, len(tables), mesh), tables)
+
+
+def abstract_batch(config: Config, n_sources: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of `batches.Batches` as shapes, laid out over the mesh."""
+    B, L, S, K = config.batch.sequences, config.max_length, n_sources, config.cache.top_k
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        name: ((B, L), jnp.int32) for name in ("ids", "segment_ids", "positions", "labels")
+    }
+    if n_sources:
+        shapes |= {
+            "source_ids": ((B, L, S, K), jnp.int32),
+            "source_logprobs": ((B, L, S, K), jnp.float32),
+            "source_valid": ((B, L, S), jnp.bool_),
+            "source_consumed": ((B, L, S), jnp.int32),
+            "source_labels": ((B, L, S), jnp.int32),
+            "source_ce": ((B, L, S), jnp.float32),
+        }
+        if config.alignment.gold_chain:
+            shapes["gold_logprobs"] = ((B, L, S), jnp.float32)
+    rows = sharding.batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
+
+
+def compile_for(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Compile a jitted function for the devices of its arguments' shardings, ShapeDtypeStructs all of them.
+
+    Raises UserError where the compiler says that memory does not suffice.
+    """
+    started = time.monotonic()
+    try:
+        with _on_abstract_device(arguments):
+            compiled = function.lower(*arguments).compile()  # type: ignore[attr-defined]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"does not fit: {_shortage(str(error))}") from None
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return Program(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        collectives=collectives(compiled.as_text()),
+        flops=float(cost.get("flops", 0.0)),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _on_abstract_device(arguments: Any) -> contextlib.AbstractContextManager[Any]:
+    """Pallas asks which GPU it compiles for; where there is none, the mesh of the arguments must say it."""
+    mesh = jax.tree.leaves(arguments)[0].sharding.mesh
+    device = mesh.devices.flat[0]
+    if device.platform not in ("cuda", "gpu"):
+        return contextlib.nullcontext()
+    kind = jax.sharding.AbstractDevice(device.device_kind, _H100_CORES, "gpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=kind)
+    )
+
+
+def _shortage(text: str) -> str:
+    found = re.search(r"Used \S+ of \S+ \w+\. Exceeded \w+ capacity by \S+", text)
+    return found.group(0).rstrip(".") if found else text.splitlines()[0]
+
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
+_CALLS = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.\-, %]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+    """Count and bytes of the collectives of a compiled module's text, a loop's body as often as it runs."""
+    computations, entry = _computations(text)
+    totals: dict[str, Traffic] = {}
+
+    def visit(name: str, times: int) -> None:
+        for line in computations.get(name, ()):
+            found = _COLLECTIVE.search(line)
+            if found:
+                kind = found.group(2)
+                count, size = totals.get(kind, Traffic(0, 0))
+                totals[kind] = Traffic(count + times, size + times * _bytes(found.group(1), bool(found.group(3))))
+                continue
+            trips = _TRIPS.search(line)
+            for called in _CALLS.findall(line):
+                for inner in re.findall(r"%[\w.\-]+", called):
+                    visit(inner, times * int(trips.group(1) if trips and "body=" in line else 1))
+
+    visit(entry, 1)
+    return totals
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """(lines of each computation of a module, the entry's name)."""
+    computations: dict[str, list[str]] = {}
+    entry, name = "", ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?(%[\w.\-]+) \(.*\{$", line)
+        if head:
+            name = head.group(2)
+            computations[name] = []
+            entry = name if head.group(1) else entry
+        elif name:
+            computations[name].append(line)
+    return computations, entry
+
+
+def _bytes(shapes: str, started: bool) -> int:
+    """Of a result's arrays; an asynchronous start lists its operands first, so the last array is the result."""
+    sizes = []
+    for dtype, dimensions in _ARRAY.findall(shapes):
+        elements = 1
+        for n in filter(None, dimensions.split(",")):
+            elements *= int(n)
+        bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
+        sizes.append(elements * bits // 8)
+    return max(sizes, default=0) if started else sum(sizes)

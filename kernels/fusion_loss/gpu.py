@@ -1,0 +1,181 @@
+"""The fused loss's two steps as Pallas kernels for NVIDIA GPUs (Triton): no logits in memory, only their gradient.
+
+Each program makes one tile of tokens × columns. `statistics` writes every tile's own maximum and sums, which are then
+combined, and the logits at a token's ids from the tile that holds them; `dlogits` makes the tile again.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from fusejax.kernels.fusion_loss.terms import Options, Slopes, Statistics, combine
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+BLOCK_BYTES = 1 << 26  # of one block's gradient of the logits
+_TILE = 128  # tokens, and columns, of a program
+_STEP = 64  # of the sum over channels
+
+
+def block_tokens(columns: int, dtype: jnp.dtype) -> int:
+    """Tokens of one block on a device that holds so many columns of the vocabulary."""
+    return max(_TILE, BLOCK_BYTES // (columns * dtype.itemsize) // _TILE * _TILE)
+
+
+def statistics(
+    h: Array, weights: Array, ids: Array, valid: Array | None, options: Options
+) -> tuple[Statistics, tuple[Array, Array, Array]]:
+    """As `xla.statistics`."""
+    T, M1 = ids.shape
+    kept = _padded(h, weights, valid)
+    h, weights, limit = kept
+    ids = _powers(ids, h.shape[0], -1)
+    grid = (h.shape[0] // _TILE, pl.cdiv(weights.shape[1], _TILE))
+    tile = jax.ShapeDtypeStruct((grid[1], h.shape[0]), jnp.float32)
+    per_tile = pl.BlockSpec((None, _TILE), lambda t, v: (v, t))
+    at, top, total, tempered, weighted = pl.pallas_call(
+        partial(_statistics_kernel, width=weights.shape[1], support=M1 - 1, options=options),
+        grid=grid,
+        in_specs=[*_factors(weights), _per_row(ids), _per_row(ids)],
+        out_specs=[_per_row(ids), *[per_tile] * 4],
+        out_shape=[jax.ShapeDtypeStruct(ids.shape, jnp.float32), tile, tile, tile, tile],
+        input_output_aliases={4: 0},
+        **_compiler_options(options, "fusion_loss_statistics"),
+    )(limit, h, weights, ids, jnp.zeros(ids.shape, jnp.float32))
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+    τ = options.temperature
+    per_tile = Statistics(
+        at=at[None, :T, :M1],
+        lse=(shift + jnp.log(total))[:, :T],
+        lse_tempered=(shift / τ + jnp.log(tempered))[:, :T] if not options.tail and τ != 1 else None,
+        mean=jnp.where(total > 0, weighted / total, 0.0)[:, :T] if options.model_entropy else None,
+    )
+    return combine(per_tile), kept
+
+
+def dlogits(kept: tuple[Array, Array, Array], ids: Array, slopes: Slopes, options: Options) -> Array:
+    """∂ Σ loss / ∂ (h @ weights), [T, V] in h's dtype."""
+    h, weights, limit = kept
+    (T, support), rows = (ids.shape[0], ids.shape[1] - 1), h.shape[0]
+    ids, at = _powers(ids, rows, -1), _powers(slopes.at, rows, 0)
+    per_token = [slopes.dense, slopes.shift, slopes.tempered, slopes.shift_tempered]
+    per_token = [jnp.pad(jnp.zeros(T) if x is None else x, (0, rows - T)) for x in per_token]
+    dz = pl.pallas_call(
+        partial(_dlogits_kernel, width=weights.shape[1], support=support, options=options),
+        grid=(rows // _TILE, pl.cdiv(weights.shape[1], _TILE)),
+        in_specs=[*_factors(weights), _per_row(ids), _per_row(at), *[pl.BlockSpec((_TILE,), lambda t, v: (t,))] * 4],
+        out_specs=pl.BlockSpec((_TILE, _TILE), lambda t, v: (t, v)),
+        out_shape=jax.ShapeDtypeStruct((rows, weights.shape[1]), h.dtype),
+        **_compiler_options(options, "fusion_loss_dlogits"),
+    )(limit, h, weights, ids, at, *per_token)
+    return dz[:T]
+
+
+def _padded(h: Array, weights: Array, valid: Array | None) -> tuple[Array, Array, Array]:
+    """Whole tiles of tokens and whole steps of channels; (h, weights, int32[1] the number of columns that count)."""
+    (T, D), limit = h.shape, weights.shape[1] if valid is None else valid
+    pad_T, pad_D = -T % _TILE, -D % 16 if D < _STEP else -D % _STEP
+    weights = jnp.pad(weights, ((0, pad_D), (0, 0)))
+    return jnp.pad(h, ((0, pad_T), (0, pad_D))), weights, jnp.full((1,), limit, jnp.int32)
+
+
+def _powers(x: Array, rows: int, fill: int) -> Array:
+    """[T, M + 1] → [rows, a power of two], as Triton wants it."""
+    width = max(16, pl.next_power_of_2(x.shape[1]))
+    return jnp.pad(x, ((0, rows - x.shape[0]), (0, width - x.shape[1])), constant_values=fill)
+
+
+def _factors(weights: Array) -> list[pl.BlockSpec]:
+    D = weights.shape[0]
+    return [
+        pl.BlockSpec((1,), lambda t, v: (0,)),
+        pl.BlockSpec((_TILE, D), lambda t, v: (t, 0)),
+        pl.BlockSpec((D, _TILE), lambda t, v: (0, v)),
+    ]
+
+
+def _per_row(x: Array) -> pl.BlockSpec:
+    return pl.BlockSpec((_TILE, x.shape[1]), lambda t, v: (t, 0))
+
+
+def _compiler_options(options: Options, name: str) -> dict[str, Any]:
+    parameters = plgpu.CompilerParams(num_warps=8, num_stages=3)
+    return {"compiler_params": parameters, "interpret": options.interpret, "name": name}
+
+
+def _logits(h_ref: Any, w_ref: Any, columns: Array, width: int, options: Options) -> Array:
+    """This tile's logits; those of columns beyond the table are 0 before the cap."""
+    D = w_ref.shape[0]
+    step = min(_STEP, D)
+
+    def add(i: Array, z: Array) -> Array:
+        channels = pl.ds(i * step, step)
+        w = plgpu.load(w_ref.at[channels, :], mask=(columns < width)[None, :], other=0.0)
+        return z + jnp.dot(h_ref[:, channels], w, preferred_element_type=jnp.float32)
+
+    z = jax.lax.fori_loop(0, D // step, add, jnp.zeros((_TILE, _TILE), jnp.float32)) * options.logit_scale
+    return z if options.logit_cap is None else options.logit_cap * jnp.tanh(z / options.logit_cap)
+
+
+def _pick(x: Array, m: Array) -> Array:
+    """x[:, m] for a traced m."""
+    return jnp.sum(jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) == m, x, jnp.zeros((), x.dtype)), 1)
+
+
+def _statistics_kernel(
+    limit_ref: Any, h_ref: Any, w_ref: Any, ids_ref: Any, _: Any, at_ref: Any, top_ref: Any, sum_ref: Any,
+    tempered_ref: Any, weighted_ref: Any, *, width: int, support: int, options: Options,
+) -> None:  # fmt: skip
+    first = pl.program_id(1) * _TILE
+    columns = first + jnp.arange(_TILE)
+    z = _logits(h_ref, w_ref, columns, width, options)
+    ids = ids_ref[...]
+    lanes = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+
+    def find(m: Array, at: Array) -> Array:
+        hit = columns[None, :] == _pick(ids, m)[:, None]
+        return jnp.where(lanes == m, jnp.sum(jnp.where(hit, z, 0.0), 1)[:, None], at)
+
+    def exclude(m: Array, counted: Array) -> Array:
+        return jnp.where(columns[None, :] == _pick(ids, m)[:, None], -jnp.inf, counted)
+
+    # Each id is in one tile, so no two programs write the same place.
+    at = jax.lax.fori_loop(0, support + 1, find, jnp.zeros(ids.shape, jnp.float32))
+    plgpu.store(at_ref, at, mask=(ids >= first) & (ids < first + _TILE))
+    z = jnp.where((columns < limit_ref[0])[None, :], z, -jnp.inf)
+    if options.tail:  # every entry but the label's
+        z = jax.lax.fori_loop(0, support, exclude, z)
+    top = jnp.max(z, 1)
+    shift = jnp.where(top == -jnp.inf, 0.0, top)
+    e = jnp.exp(z - shift[:, None])
+    top_ref[...] = top
+    sum_ref[...] = jnp.sum(e, 1)
+    tempered_ref[...] = jnp.sum(jnp.exp((z - shift[:, None]) / options.temperature), 1)
+    weighted_ref[...] = jnp.sum(jnp.where(e > 0, e * z, 0.0), 1)
+
+
+def _dlogits_kernel(
+    limit_ref: Any, h_ref: Any, w_ref: Any, ids_ref: Any, at_ref: Any, dense_ref: Any, shift_ref: Any,
+    tempered_ref: Any, shift_tempered_ref: Any, out_ref: Any, *, width: int, support: int, options: Options,
+) -> None:  # fmt: skip
+    columns = pl.program_id(1) * _TILE + jnp.arange(_TILE)
+    z = _logits(h_ref, w_ref, columns, width, options)
+    dz = dense_ref[...][:, None] * jnp.exp(z - shift_ref[...][:, None])
+    if not options.tail and options.temperature != 1:
+        tempered = jnp.exp(z / options.temperature - shift_tempered_ref[...][:, None])
+        dz += tempered_ref[...][:, None] * tempered
+    ids, at = ids_ref[...], at_ref[...]
+
+    def add(m: Array, dz: Array) -> Array:
+        here = jnp.broadcast_to(_pick(at, m)[:, None], dz.shape)
+        # Under a tail the dense part leaves the support out.
+        here = jnp.where(m < support, here, dz + here) if options.tail else dz + here
+        return jnp.where(columns[None, :] == _pick(ids, m)[:, None], here, dz)
+
+    dz = jax.lax.fori_loop(0, support + 1, add, dz) * options.logit_scale
+    if options.logit_cap is not None:
+        dz *= 1 - (z / options.logit_cap) * (z / options.logit_cap)
+    dz = jnp.where((columns < limit_ref[0])[None, :], dz, 0.0).astype(out_ref.dtype)
+    plgpu.store(out_ref, dz, mask=jnp.broadcast_to((columns < width)[None, :], dz.shape))
