@@ -30,7 +30,8 @@ TPUS = ("v4", "v5e", "v5p", "v6e")
 
 _H100_CORES = 132
 # What XLA's CUDA compiler wants to know of a device; NVIDIA's data sheet of the H100 SXM5 80 GB.
-_H100 = """
+_H100 = (
+    """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -46,7 +47,9 @@ gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
-""" % _H100_CORES
+"""
+    % _H100_CORES
+)
 
 
 class Traffic(NamedTuple):

@@ -156,6 +156,13 @@ class MeshConfig(Section):
     tensor: int = Field(1, ge=1)
 
 
+class KernelsConfig(Section):
+    """Which implementation computes loss and top-k; see docs/kernels.md."""
+
+    fusion_loss: Literal["auto", "xla", "tpu", "gpu"] = "auto"  # tpu, gpu: Pallas kernels
+    topk_unembed: Literal["auto", "xla", "tpu"] = "auto"
+
+
 class PrecisionConfig(Section):
     """Computation, parameters and export; parameters, sums and losses stay float32."""
 
@@ -240,6 +247,7 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     batch: BatchConfig = BatchConfig()
     mesh: MeshConfig = MeshConfig()
+    kernels: KernelsConfig = KernelsConfig()
     precision: PrecisionConfig = PrecisionConfig()
     remat: Remat = "none"  # what the backward pass computes again
     attention: AttentionBackend = "auto"  # auto: the fastest that honours what each model needs

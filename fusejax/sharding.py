@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fusejax.config import MeshConfig
+from fusejax.config import KernelsConfig, MeshConfig
 from fusejax.errors import UserError
 from fusejax.kernels.placement import Placement
 
@@ -102,6 +102,14 @@ def attention_specs(mesh: Mesh, rows: int, n_heads: int, n_kv_heads: int) -> tup
     n_shards = mesh.shape["tensor"]
     heads = "tensor" if n_heads % n_shards == n_kv_heads % n_shards == 0 else None
     return PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+
+
+def check_kernels(config: KernelsConfig, mesh: Mesh) -> None:
+    """UserError where a kernel is asked for that the mesh's devices cannot run."""
+    platform = mesh.devices.flat[0].platform
+    for name, chosen in (("fusion_loss", config.fusion_loss), ("topk_unembed", config.topk_unembed)):
+        if chosen in ("tpu", "gpu") and chosen != {"cuda": "gpu"}.get(platform, platform):
+            raise UserError(f"kernels.{name}: {chosen!r} needs a {chosen.upper()}, here is {platform}; use auto or xla")
 
 
 def local_mesh(config: MeshConfig | None = None) -> Mesh:
