@@ -30,26 +30,23 @@ TPUS = ("v4", "v5e", "v5p", "v6e")
 
 _H100_CORES = 132
 # What XLA's CUDA compiler wants to know of a device; NVIDIA's data sheet of the H100 SXM5 80 GB.
-_H100 = (
-    """
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+_H100 = f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }}
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
   registers_per_block_limit: 65536 registers_per_core_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  core_count: %d fpus_per_core: 128 clock_rate_ghz: 1.98
+  core_count: {_H100_CORES} fpus_per_core: 128 clock_rate_ghz: 1.98
   memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
   device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3" device_address_bits: 64
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-    % _H100_CORES
-)
 
 
 class Traffic(NamedTuple):
@@ -138,7 +135,9 @@ def train_step(
     if config.lora is not None:
         raise UserError("lora: adapters are not compiled ahead of time")
     mesh = sharding.make_mesh(config.mesh, devices)
-    model = models.Decoder(model_config, jnp.dtype(config.precision.compute), config.remat)
+    model = models.Decoder(
+        model_config, jnp.dtype(config.precision.compute), config.remat, attention=config.attention, mesh=mesh
+    )
     graphdef, _ = nnx.split(model)
     shapes, placed = models.abstract_params(model_config), models.shardings(model_config, mesh)
     params = nnx.to_pure_dict(
@@ -274,3 +273,4 @@ def _bytes(shapes: str, started: bool) -> int:
         bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
         sizes.append(elements * bits // 8)
     return max(sizes, default=0) if started else sum(sizes)
+

@@ -160,7 +160,7 @@ class KernelsConfig(Section):
     """Which implementation computes loss and top-k; see docs/kernels.md."""
 
     fusion_loss: Literal["auto", "xla", "tpu", "gpu"] = "auto"  # tpu, gpu: Pallas kernels
-    topk_unembed: Literal["auto", "xla", "tpu"] = "auto"
+    topk_unembed: Literal["auto", "xla", "tpu"] = "auto"  # of the source caches
 
 
 class PrecisionConfig(Section):

@@ -155,7 +155,8 @@ def clm_loss(hidden: Array, unembedding: Array, labels: Array, mask: Array | Non
     """The causal language-model loss alone, made the same way: `fusion_loss` with λ = 1 and empty targets.
 
     hidden float[..., D], unembedding float[D, V], labels int32[...] (−1: none), mask bool or float[...]; options:
-    block, mesh, logit_scale, logit_cap, z_loss, model_entropy, gradients. `fusion` and `target_entropy` are 0.
+    block, mesh, logit_scale, logit_cap, z_loss, model_entropy, gradients, implementation. `fusion` and `target_entropy`
+    are 0.
 
     >>> sums = clm_loss(jnp.zeros((3, 4)), jnp.zeros((4, 8)), jnp.array([1, 2, -1]))
     >>> round(float(sums.total / sums.count), 4)  # log 8

@@ -19,7 +19,7 @@ from fusejax import sharding
 from fusejax.errors import UserError
 from fusejax.kernels.placement import Placement
 from fusejax.kernels.sample_unembed import sample_unembed
-from fusejax.kernels.topk_unembed import topk_unembed
+from fusejax.kernels.topk_unembed import Implementation, topk_unembed
 from fusejax.tokenizers import Tokenizer
 
 _AHEAD = 2  # batches that the device has queued while the host works on an earlier one
@@ -109,12 +109,13 @@ def plan(lengths: np.ndarray, max_length: int, batch_tokens: int, row_multiple: 
     return batches
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _forward(
     structure: Any,
     k: int,
     vocab_size: int | None,
     placement: Placement | None,
+    implementation: Implementation,
     state: Any,
     ids_BL: jax.Array,
     labels_BL: jax.Array,
@@ -130,6 +131,7 @@ def _forward(
         vocab_size=vocab_size,
         logit_cap=decoder.config.logit_softcap,
         placement=placement,
+        implementation=implementation,
     )
     return out.ids, out.logprobs, out.ce
 
@@ -178,17 +180,22 @@ class Scorer:
         batch_tokens: int,
         mesh: Mesh,
         draws: Draws | None = None,
+        implementation: Implementation = "auto",
     ) -> None:
         """model: a Decoder, laid out over `mesh`. k: entries kept of each distribution, 0 for the cross-entropy alone.
 
         vocab_size: ids from here on get probability 0 (rows of a padded embedding that stand for no token). draws:
-        instead of the k largest entries, `Scores.ids` is as many draws, and `logprobs` has no columns.
+        instead of the k largest entries, `Scores.ids` is as many draws, and `logprobs` has no columns. implementation:
+        of `topk_unembed`.
         """
         self._max_length, self._batch_tokens, self._mesh = max_length, batch_tokens, mesh
         self._row_multiple = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
         structure, self._state = nnx.split(model)
-        forward, kept = (_forward, k) if draws is None else (_draw, draws)
-        self._forward = functools.partial(forward, structure, kept, vocab_size, sharding.placement(mesh))
+        placement = sharding.placement(mesh)
+        if draws is None:
+            self._forward = functools.partial(_forward, structure, k, vocab_size, placement, implementation)
+        else:
+            self._forward = functools.partial(_draw, structure, draws, vocab_size, placement)
         self._numbered = draws is not None
 
     def __call__(

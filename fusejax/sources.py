@@ -121,6 +121,7 @@ def _run_model(
 ) -> None:
     """Load the model and write the shards `todo`."""
     mesh = sharding.local_mesh(config.mesh)
+    sharding.check_kernels(config.kernels, mesh)
     compute = jnp.dtype(config.precision.compute)
     model = models.load(
         source.model, mesh=mesh, dtype=compute, compute_dtype=compute, revision=source.revision,
@@ -140,6 +141,7 @@ def _run_model(
         batch_tokens=config.cache.batch_tokens,
         mesh=mesh,
         draws=Draws(config.cache.rounds, config.seed) if sampled else None,
+        implementation=config.kernels.topk_unembed,
     )
     documents = Store(config.folder / "data/train/documents")
     write_rows(scorer, tokenizer, tokens, writer, todo, known, config.cache.values, source, documents)

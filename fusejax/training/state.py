@@ -39,6 +39,7 @@ class Trainer:
     def make(cls, config: Config, steps_total: int, with_sources: bool) -> "Trainer":
         """Load the target onto the mesh, lay out the optimizer's state beside it, compile nothing yet."""
         mesh = sharding.make_mesh(config.mesh)
+        sharding.check_kernels(config.kernels, mesh)
         model = models.load(
             config.target.model,
             mesh=mesh,

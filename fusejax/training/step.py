@@ -108,6 +108,7 @@ def batch_sums(
         "logit_cap": model.config.logit_softcap,
         "z_loss": config.loss.z_loss,
         "model_entropy": True,
+        "implementation": config.kernels.fusion_loss,
     }
     if not tables:
         sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, **of_model)

@@ -21,7 +21,7 @@ from fusejax.kernels.topk_unembed.candidates import Candidates, across, finish
 from fusejax.kernels.topk_unembed.reference import TopK
 from jax.sharding import PartitionSpec
 
-__all__ = ["TopK", "topk_unembed"]
+__all__ = ["Implementation", "TopK", "topk_unembed"]
 
 Search = Callable[..., Candidates]
 Implementation = Literal["auto", "reference", "xla", "tpu"]
