@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,9 +51,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind in one execution, loops unrolled. bytes: of their results, on each device."""
+    """How often collectives of one kind run in one execution, and the bytes of all their results on each device."""
 
-    count: int
+    times: int
     bytes: int
 
 
@@ -146,14 +147,9 @@ def train_step(
     optimizer, schedule = optimizers.make(config.optimizer, steps_total)
     state = abstract_state(config, params, optimizer, mesh)
     step = make_step(config, graphdef, optimizer, schedule, steps_total, sharding.like(state), {}, mesh)
-    whole = sharding.replicated(mesh)
-    tables = [
-        fusion.TokenTable(
-            jax.ShapeDtypeStruct((rows, table_columns), jnp.int32, sharding=whole),
-            jax.ShapeDtypeStruct((rows, table_columns), jnp.uint32, sharding=whole),
-        )
-        for rows in source_vocabularies
-    ]
+    table: Any = partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
+    shapes_of = [(rows, table_columns) for rows in source_vocabularies]
+    tables = [fusion.TokenTable(table(shape, jnp.int32), table(shape, jnp.uint32)) for shape in shapes_of]
     return compile_for(step, state, {}, abstract_batch(config, len(tables), mesh), tables)
 
 
@@ -224,6 +220,8 @@ _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _CALLS = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.\-, %]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=(%[\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 
 
 def collectives(text: str) -> dict[str, Traffic]:
@@ -236,16 +234,26 @@ def collectives(text: str) -> dict[str, Traffic]:
             found = _COLLECTIVE.search(line)
             if found:
                 kind = found.group(2)
-                count, size = totals.get(kind, Traffic(0, 0))
-                totals[kind] = Traffic(count + times, size + times * _bytes(found.group(1), bool(found.group(3))))
+                before, size = totals.get(kind, Traffic(0, 0))
+                totals[kind] = Traffic(before + times, size + times * _bytes(found.group(1), bool(found.group(3))))
                 continue
-            trips = _TRIPS.search(line)
+            trips = _trips(line, computations) if "body=" in line else 1
             for called in _CALLS.findall(line):
                 for inner in re.findall(r"%[\w.\-]+", called):
-                    visit(inner, times * int(trips.group(1) if trips and "body=" in line else 1))
+                    visit(inner, times * trips)
 
     visit(entry, 1)
     return totals
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs; where the compiler does not say, what its condition compares the counter with."""
+    known = _TRIPS.search(line)
+    if known:
+        return int(known.group(1))
+    condition = _CONDITION.search(line)
+    limits = _LIMIT.findall("\n".join(computations.get(condition.group(1), ()))) if condition else []
+    return max((int(n) for n in limits), default=1)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -273,4 +281,3 @@ def _bytes(shapes: str, started: bool) -> int:
         bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
         sizes.append(elements * bits // 8)
     return max(sizes, default=0) if started else sum(sizes)
-

@@ -5,7 +5,6 @@ cross-entropy costs. `fusejax.kernels.fusion_loss` holds the pass and what it is
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -14,7 +13,6 @@ from jax import Array
 from jax.sharding import Mesh
 
 from fusejax import sharding
-from fusejax.fusion import merge_repeated
 from fusejax.kernels.fusion_loss import passes, terms
 
 Kind = Literal["ce", "kl"]
@@ -111,15 +109,10 @@ def fusion_loss(
     T, M = labels.size, target_ids.shape[-1]
     on_clm = _clm_weights(labels, mask)
     on_fusion = on_clm if fusion_mask is None else fusion_mask.astype(jnp.float32)
-    ids, q, rest, entropy = _events(target_ids, target_probs, tail == "tail")
-    t, t_rest = _tempered(q, rest, ids, temperature)
-    constant = _entropy(t, t_rest) if kind == "kl" else jnp.zeros_like(rest)
     rows = terms.Rows(
         labels=labels.reshape(T),
-        ids=ids.reshape(T, M),
-        q=t.reshape(T, M),
-        rest=t_rest.reshape(T),
-        constant=constant.reshape(T),
+        ids=target_ids.reshape(T, M),
+        probs=target_probs.reshape(T, M),
         clm_weight=on_clm.reshape(T),
         fusion_weight=on_fusion.reshape(T),
     )
@@ -128,9 +121,9 @@ def fusion_loss(
         placement=sharding.placement(mesh),
         implementation="xla" if implementation == "auto" else implementation,
         interpret=interpret,
+        divergence=kind == "kl",
         temperature=temperature,
         tail=tail == "tail",
-        nonnegative=kind == "kl",
         logit_scale=logit_scale,
         logit_cap=logit_cap,
         z_loss=z_loss,
@@ -146,7 +139,7 @@ def fusion_loss(
         fusion=sums.fusion,
         z_loss=sums.z_loss,
         count=jnp.sum(on_clm),
-        target_entropy=jax.lax.stop_gradient(jnp.sum(on_fusion * entropy)),
+        target_entropy=sums.target_entropy,
         model_entropy=sums.entropy,
     )
 
@@ -179,44 +172,3 @@ def clm_loss(hidden: Array, unembedding: Array, labels: Array, mask: Array | Non
 def _clm_weights(labels: Array, mask: Array | None) -> Array:
     weights = jnp.ones(labels.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
     return jnp.where(labels >= 0, weights, 0.0)
-
-
-def _events(ids: Array, probs: Array, tail: bool) -> tuple[Array, Array, Array, Array]:
-    """(distinct ids, their probabilities, the tail's probability, the entropy of these events)."""
-    probs = probs.astype(jnp.float32)
-    probs = jnp.where((ids >= 0) & (probs > 0) & jnp.isfinite(probs), probs, 0.0)
-    ids, q = merge_repeated(ids, probs)
-    if tail:
-        rest = _residual(q)
-    else:
-        total = jnp.sum(q, -1, keepdims=True)
-        q = q / jnp.where(total > 0, total, 1.0)
-        rest = jnp.zeros(q.shape[:-1], jnp.float32)
-    return ids, q, rest, _entropy(q, rest)
-
-
-def _residual(q: Array) -> Array:
-    """max(0, 1 − Σq), exact to about 1e-11: the multiples of 2^-12 in q add up without rounding, and then the rests."""
-    coarse = jnp.round(q * 4096) / 4096
-    return jnp.maximum((1 - jnp.sum(coarse, -1)) - jnp.sum(q - coarse, -1), 0.0)
-
-
-def _tempered(q: Array, rest: Array, ids: Array, temperature: float) -> tuple[Array, Array]:
-    """Event probabilities to the power 1/τ, scaled to sum 1; rows without any stay empty."""
-    if temperature == 1:
-        return q, rest
-    log_t = jnp.log(jnp.concatenate([jnp.where(ids >= 0, q, 0.0), rest[..., None]], -1)) / temperature
-    top = jnp.max(log_t, -1, keepdims=True)
-    t = jnp.exp(log_t - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(t, -1, keepdims=True)
-    t = t / jnp.where(total > 0, total, 1.0)
-    return t[..., :-1], t[..., -1]
-
-
-def _entropy(q: Array, rest: Array) -> Array:
-    return -jnp.sum(_x_log_x(q), -1) - _x_log_x(rest)
-
-
-@partial(jax.jit, inline=True)
-def _x_log_x(x: Array) -> Array:
-    return jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, x, 1.0)), 0.0)

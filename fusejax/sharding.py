@@ -5,7 +5,7 @@ A mesh has three: `data` (replicas of the model), `fsdp` (parameters, optimizer 
 Programs are jitted with these NamedShardings as input and output shardings, which is what `pjit` has become in JAX.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,6 +110,22 @@ def check_kernels(config: KernelsConfig, mesh: Mesh) -> None:
     for name, chosen in (("fusion_loss", config.fusion_loss), ("topk_unembed", config.topk_unembed)):
         if chosen in ("tpu", "gpu") and chosen != {"cuda": "gpu"}.get(platform, platform):
             raise UserError(f"kernels.{name}: {chosen!r} needs a {chosen.upper()}, here is {platform}; use auto or xla")
+
+
+def one_by_one(function: Callable[..., Any], batch: Any, others: Any, mesh: Mesh | None) -> Any:
+    """function(batch, others) of a batch of rows, each device going over its own rows one after another.
+
+    batch: a pytree of [B, ...]; function: from one row of it, [1, ...], to a pytree of [1, ...].
+    """
+
+    def rows(batch: Any, others: Any) -> Any:
+        one = jax.tree.map(lambda x: x[:, None], batch)
+        return jax.tree.map(lambda x: x[:, 0], jax.lax.map(lambda row: function(row, others), one))
+
+    if mesh is None or mesh.size == 1:
+        return rows(batch, others)
+    split, whole = PartitionSpec(BATCH), PartitionSpec()
+    return jax.shard_map(rows, mesh=mesh, in_specs=(split, whole), out_specs=split, check_vma=False)(batch, others)
 
 
 def local_mesh(config: MeshConfig | None = None) -> Mesh:

@@ -1,6 +1,7 @@
 """One optimizer step: loss of a batch, gradients, update; a pure function, jitted over the mesh."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,7 +114,9 @@ def batch_sums(
     if not tables:
         sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, **of_model)
         return sums.total, {"loss": sums}
-    fused = fuse_batch(config, batch, tables, model.config.vocab_size)
+    # A few numbers for each source and token take whole tiles of a TPU's memory: not all sequences at once.
+    fuse = partial(fuse_batch, config, vocab_size=model.config.vocab_size)
+    fused = sharding.one_by_one(fuse, batch, tables, mesh)
     weights = fusion_weights(config, batch, fused)
     sums = loss.fusion_loss(
         hidden_BLD,

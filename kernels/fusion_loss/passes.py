@@ -11,6 +11,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from fusejax.kernels.fusion_loss.events import targets
 from fusejax.kernels.fusion_loss.terms import Options, Rows, Sums, across, terms
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -146,11 +147,12 @@ def _over_blocks(
         h, r = block
         # Whatever a row that counts for nothing holds (padding may be NaN), 0 · NaN must not reach the gradients.
         h = jnp.where(((r.clm_weight != 0) | (r.fusion_weight != 0))[:, None], h, jnp.zeros((), h.dtype))
-        ids = _here(jnp.concatenate([r.ids, r.labels[:, None]], -1), first, weights.shape[1])
+        target = targets(r, options)
+        ids = _here(jnp.concatenate([target.ids, r.labels[:, None]], -1), first, weights.shape[1])
         found, kept = kernel.statistics(h, weights, ids, valid, options)
         if split:
             found = across(found, placement.vocab)
-        value, parts, slopes = terms(found, r, weight_clm, options)
+        value, parts, slopes = terms(found, r, target, weight_clm, options)
         total, sums = total + value, jax.tree.map(jnp.add, sums, parts)
         if not with_gradients:
             return (total, sums, None), None
@@ -163,7 +165,7 @@ def _over_blocks(
 
     zero = jnp.zeros((), jnp.float32)
     grad_DV = jnp.zeros(weights.shape, jnp.float32) if with_gradients else None
-    carry = (zero, Sums(zero, zero, zero, zero), grad_DV)
+    carry = (zero, Sums(zero, zero, zero, zero, zero), grad_DV)
     (total, sums, grad_DV), grads = jax.lax.scan(step, carry, jax.tree.map(blocks, (hidden, rows)))
     if grad_DV is None:
         return ((total, sums),)

@@ -28,9 +28,9 @@ class Options(NamedTuple):
     placement: Placement | None = None  # None: everything on one device
     implementation: Implementation = "xla"
     interpret: bool = False  # Pallas kernels as plain XLA, for tests on CPUs
+    divergence: bool = False  # KL: the target's entropy taken off, and rounding below 0 cleared
     temperature: float = 1.0
     tail: bool = False
-    nonnegative: bool = False  # a divergence: clear it of rounding below 0
     logit_scale: float = 1.0
     logit_cap: float | None = None
     z_loss: float = 0.0
@@ -41,27 +41,43 @@ class Options(NamedTuple):
 class Rows(NamedTuple):
     """Per-token inputs; T tokens, M support entries.
 
-    labels: int32[T] (any value where clm_weight is 0). ids: int32[T, M], distinct, −1 = none. q: float32[T, M], 0 where
-    none; with a tail and τ ≠ 1 already tempered. rest: float32[T], the tail event's probability. constant: float32[T],
-    taken off the fusion loss (the target's entropy, for KL). clm_weight, fusion_weight: float32[T].
+    labels: int32[T] (any value where clm_weight is 0). ids: int32[T, M], −1 = none, repeats add up. probs: float[T, M].
+    clm_weight, fusion_weight: float32[T].
     """
 
     labels: Array
     ids: Array
-    q: Array
-    rest: Array
-    constant: Array
+    probs: Array
     clm_weight: Array
     fusion_weight: Array
 
 
+class Targets(NamedTuple):
+    """The events of the targets of some rows.
+
+    ids: int32[T, M], distinct, −1 = none. q: float32[T, M], 0 where none; with a tail and τ ≠ 1 already tempered. rest:
+    float32[T], the tail event's probability. constant: float32[T], taken off the fusion loss (the tempered target's
+    entropy, for KL). entropy: float32[T], before temperature.
+    """
+
+    ids: Array
+    q: Array
+    rest: Array
+    constant: Array
+    entropy: Array
+
+
 class Sums(NamedTuple):
-    """float32[]: Σ clm_weight·clm, Σ fusion_weight·fusion, Σ clm_weight·z_loss, Σ clm_weight·entropy of the model."""
+    """float32[]: Σ clm_weight·clm, Σ fusion_weight·fusion, Σ clm_weight·z_loss, and of the entropies of the model
+
+    (Σ clm_weight·entropy) and of the targets (Σ fusion_weight·entropy).
+    """
 
     clm: Array
     fusion: Array
     z_loss: Array
     entropy: Array
+    target_entropy: Array
 
 
 class Statistics(NamedTuple):
@@ -104,53 +120,55 @@ def combine(parts: Statistics) -> Statistics:
 
 def across(statistics: Statistics, axis: str) -> Statistics:
     """The whole vocabulary's from each device's own columns of it, in one exchange of M + 2 to M + 4 floats a token."""
-    at, *others = statistics
-    columns = [x[:, None] for x in others if x is not None]
+    at, lse, tempered, mean = statistics
+    columns = [x[:, None] for x in (lse, tempered, mean) if x is not None]
     gathered = jax.lax.all_gather(jnp.concatenate([at, *columns], -1), axis)  # [devices, T, M + 1 + columns]
     M1 = at.shape[-1]
     rest = iter(jnp.moveaxis(gathered[..., M1:], -1, 0))
-    return combine(Statistics(gathered[..., :M1], *(None if x is None else next(rest) for x in others)))
+    lse = next(rest)
+    tempered, mean = (None if x is None else next(rest) for x in (tempered, mean))
+    return combine(Statistics(gathered[..., :M1], lse, tempered, mean))
 
 
-def terms(s: Statistics, r: Rows, weight_clm: Array, options: Options) -> tuple[Array, Sums, Slopes]:
+def terms(s: Statistics, r: Rows, target: Targets, weight_clm: Array, options: Options) -> tuple[Array, Sums, Slopes]:
     """λ·clm + (1−λ)·fusion + z_loss summed over the rows, its parts, and the gradient's coefficients."""
     on_clm = weight_clm * r.clm_weight
     on_fusion = (1 - weight_clm) * r.fusion_weight
     variant = _tail_terms if options.tail else _plain_terms
-    lse, fusion, mean, slopes = variant(s, r, on_clm, on_fusion, options)
-    fusion = fusion - r.constant
-    if options.nonnegative:
-        fusion = jnp.maximum(fusion, 0.0)
+    lse, fusion, mean, slopes = variant(s, r, target, on_clm, on_fusion, options)
+    if options.divergence:
+        fusion = jnp.maximum(fusion - target.constant, 0.0)
     sums = Sums(
         _weighted(r.clm_weight, lse - s.at[:, -1]),
         _weighted(r.fusion_weight, fusion),
         options.z_loss * _weighted(r.clm_weight, lse**2),
         jnp.zeros((), jnp.float32) if mean is None else _weighted(r.clm_weight, lse - mean),
+        _weighted(r.fusion_weight, target.entropy),
     )
     total = weight_clm * sums.clm + (1 - weight_clm) * sums.fusion + sums.z_loss
     return total, sums, slopes._replace(at=jnp.concatenate([slopes.at, -on_clm[:, None]], -1))
 
 
-def _plain_terms(s: Statistics, r: Rows, on_clm: Array, on_fusion: Array, options: Options) -> tuple:
+def _plain_terms(s: Statistics, r: Rows, target: Targets, on_clm: Array, on_fusion: Array, options: Options) -> tuple:
     """(lse, fusion loss, mean logit, slopes at the support), the support's mass being all there is."""
     τ = options.temperature
     on_p = on_clm + 2 * options.z_loss * r.clm_weight * s.lse
     lse_τ = s.lse if s.lse_tempered is None else s.lse_tempered
-    Σq = jnp.sum(r.q, -1)
-    fusion = Σq * lse_τ - jnp.sum(r.q * s.at[:, :-1], -1) / τ
-    at = -on_fusion[:, None] * r.q / τ
+    Σq = jnp.sum(target.q, -1)
+    fusion = Σq * lse_τ - jnp.sum(target.q * s.at[:, :-1], -1) / τ
+    at = -on_fusion[:, None] * target.q / τ
     if τ == 1:
         return s.lse, fusion, s.mean, Slopes(on_p + on_fusion * Σq, s.lse, None, None, at)
     return s.lse, fusion, s.mean, Slopes(on_p, s.lse, on_fusion * Σq / τ, lse_τ, at)
 
 
-def _tail_terms(s: Statistics, r: Rows, on_clm: Array, on_fusion: Array, options: Options) -> tuple:
+def _tail_terms(s: Statistics, r: Rows, target: Targets, on_clm: Array, on_fusion: Array, options: Options) -> tuple:
     """As `_plain_terms`, with everything outside the support as one more event."""
     τ = options.temperature
-    z_ids = jnp.where(r.ids >= 0, s.at[:, :-1], -jnp.inf)
+    z_ids = jnp.where(target.ids >= 0, s.at[:, :-1], -jnp.inf)
     events = jnp.concatenate([z_ids, s.lse[:, None]], -1)
     exists = events > -jnp.inf  # no tail event where the support is the whole vocabulary
-    t = jnp.where(exists, jnp.concatenate([r.q, r.rest[:, None]], -1), 0.0)
+    t = jnp.where(exists, jnp.concatenate([target.q, target.rest[:, None]], -1), 0.0)
     Σt = jnp.sum(t, -1, keepdims=True)
     lse = jax.nn.logsumexp(events, -1)
     log_s = jnp.where(exists, jax.nn.log_softmax(events / τ, -1), 0.0)

@@ -8,6 +8,7 @@ from fusejax.kernels.topk_unembed import topk_unembed
 from test_fusion_loss import check, example, run
 from test_topk_unembed import dense
 
+both = pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 VARIANTS = [
     {"kind": "ce", "tail": "tail"},
     {"kind": "kl", "tail": "renormalize", "temperature": 2.0, "logit_scale": 0.7, "z_loss": 1e-2},
@@ -16,14 +17,14 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("implementation", ["tpu"])
+@both
 @pytest.mark.parametrize("options", VARIANTS)
 def test_loss_and_gradients(implementation, options):
     """Tokens that no block and columns that no tile divides, ids of −1, repeated ids, masked rows."""
     check(example(37, 16, 701, 5), block=24, weight_clm=0.3, implementation=implementation, interpret=True, **options)
 
 
-@pytest.mark.parametrize("implementation", ["tpu"])
+@both
 def test_support_is_the_whole_vocabulary_and_one_token(implementation):
     hidden, unembedding, labels, _, _, mask = example(6, 4, 5, 5, seed=3)
     ids = np.tile(np.arange(5, dtype=np.int32), (6, 1))
@@ -33,7 +34,7 @@ def test_support_is_the_whole_vocabulary_and_one_token(implementation):
     check(example(1, 4, 130, 1, seed=4), weight_clm=0.5, **kernel)
 
 
-@pytest.mark.parametrize("implementation", ["tpu"])
+@both
 @pytest.mark.parametrize("tail", ["tail", "renormalize"])
 def test_entropy_of_the_model_and_rows_that_count_for_nothing(implementation, tail):
     hidden, unembedding, labels, ids, probs, mask = example(20, 8, 150, 4, seed=5)
@@ -52,7 +53,7 @@ def test_entropy_of_the_model_and_rows_that_count_for_nothing(implementation, ta
     assert not any(np.any(g) for g in gradients)
 
 
-@pytest.mark.parametrize("implementation", ["tpu"])
+@both
 def test_bfloat16_loss(implementation):
     hidden, unembedding, *rows = example(24, 64, 197, 4, seed=6, scale=0.2)
     hidden = jnp.asarray(hidden, jnp.bfloat16)
