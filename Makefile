@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
 
-.PHONY: quickstart test test-all test-real test-latest lint clean
+.PHONY: quickstart test test-all test-real test-latest test-aot lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -29,13 +29,17 @@ test-real: $(VENV)/installed-dev
 test-latest: .venv-latest/installed
 	.venv-latest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+# Compiles for TPUs and H100s that are not here (some minutes for each 7B step).
+test-aot: .venv-aot/installed
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -v -p no:xdist tests/aot
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest .venv-aot build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; name one: make PYTHON=/path/to/python"; exit 2; }
@@ -53,4 +57,13 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@test -n "$(PYTHON_LATEST)" || { echo "error: the newest jax needs Python >= 3.12; name one: make PYTHON_LATEST=..."; exit 2; }
 	$(PYTHON_LATEST) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install -q -e . -r requirements-test.txt
+	touch $@
+
+# libtpu comes with jax[tpu]; of the CUDA packages the compilers alone, without NVIDIA's libraries.
+.venv-aot/installed: requirements.txt requirements-test.txt pyproject.toml
+	@test -n "$(PYTHON_LATEST)" || { echo "error: the newest jax needs Python >= 3.12; name one: make PYTHON_LATEST=..."; exit 2; }
+	$(PYTHON_LATEST) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install -q -e . "jax[tpu]" -r requirements-test.txt
+	.venv-aot/bin/python -m pip install -q --no-deps $$(.venv-aot/bin/python -c \
+		'import jaxlib; print(f"jax-cuda13-plugin=={jaxlib.__version__} jax-cuda13-pjrt=={jaxlib.__version__}")')
 	touch $@
