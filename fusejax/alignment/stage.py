@@ -150,11 +150,10 @@ class Pair:
             "gold_chain": self._config.alignment.gold_chain,
         }
         path = self._folder / _REPORT
-        try:
-            if json.loads(path.read_text("utf-8"))["made_from"] == made_from:
-                return False
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or a damaged one
+        fresh = _made_from(path) == made_from
+        hosts.wait_for_all(f"align {self._label}: report read")  # by all, before one of them changes it
+        if fresh:
+            return False
         if hosts.index_and_count()[0] == 0:
             report = {"made_from": made_from, "report": self._report(cached)}
             write_atomically(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -204,6 +203,14 @@ class Pair:
                 gold_T = None if chains is None else unpack_chain(chains[i], row_map_T2, values["ce"])
                 measure(total, *self._tokens(i), row_map_T2, table, values, self._target.vocab_size, gold_T)
         return total.report() | {"top_tokens": top_tokens(total, table, self._target, self._source)}
+
+
+def _made_from(path: Path) -> Any:
+    """What a report was made from; None where there is none, or a damaged one."""
+    try:
+        return json.loads(path.read_text("utf-8"))["made_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class _Shards(Pair):

@@ -183,6 +183,7 @@ def many_documents(tmp_path, make_job):
     return make
 
 
+@pytest.mark.slow
 def test_processes_make_the_same_bytes(many_documents, monkeypatch):
     one, two = many_documents("one"), many_documents("two")
     alignment.run(config.validate(one.model_dump() | {"alignment": {"workers": 1}}))
