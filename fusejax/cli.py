@@ -121,6 +121,16 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """`report` takes a job's configuration, or output folders of finished jobs."""
+    parser.add_argument("config", metavar="CONFIG.yaml|RUN", help="a job's configuration; or a finished job's folder")
+    parser.add_argument("overrides", metavar="key=value|RUN", nargs="*", help="override a key; or more folders")
+    runs = parser.add_argument_group("a table over finished jobs", "jobs that differ in their seed alone share a row")
+    runs.add_argument("--csv", metavar="FILE", help="write it as CSV")
+    runs.add_argument("--markdown", metavar="FILE", help="write it as Markdown")
+    runs.add_argument("--html", metavar="FILE", help="write it as a page with plots")
+
+
 def _evaluate_models(options: argparse.Namespace) -> None:
     from fusejax.evaluation import standalone
 
@@ -149,7 +159,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_text in STAGES.items():
         command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-        (add_evaluation if name == "evaluate" else add_config)(command)
+        {"evaluate": add_evaluation, "report": add_report}.get(name, add_config)(command)
     help_text = "validate a configuration and print stages, token counts and disk needed"
     add_config(commands.add_parser("plan", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
     help_text = "merge the weights of models of one architecture into one (linear, SLERP, TIES, DARE, SCE, ...)"
@@ -256,6 +266,11 @@ def _command(arguments: Sequence[str] | None) -> None:
         return
     if options.command == "evaluate" and options.corpus is not None:
         _evaluate_models(options)
+        return
+    if options.command == "report" and not options.config.endswith((".yaml", ".yml")):
+        from fusejax import comparison
+
+        comparison.run([options.config, *options.overrides], options.csv, options.markdown, options.html)
         return
     if options.command == "merge":
         from fusejax import merging

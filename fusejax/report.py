@@ -137,21 +137,24 @@ def render(config: Config, report: dict[str, Any], histories: dict[str, list[dic
     if rows:
         parts += [
             "<h2>Bits per byte on held-out text</h2>",
-            _html_table(header, rows, "scores"),
+            html_table(header, rows, "scores"),
             plots.bits_per_byte(report),
         ]
     if any(histories.values()):
         parts += ["<h2>Training</h2>", plots.losses(histories)]
-        parts += [_html_table(_TRAINING, _training_rows(report))]
+        parts += [html_table(_TRAINING, _training_rows(report))]
     if report["alignment"]:
         parts += ["<h2>Alignment and fusion</h2>", alignment_report.section(report)]
     parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(dump(config))}</pre>"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     parts += [f"<footer>{html.escape(versions)}</footer>"]
-    title = html.escape(f"fusejax: {report['name']}")
-    body = "\n".join(parts)
+    return page(f"fusejax: {report['name']}", "\n".join(parts))
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page, style included."""
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
@@ -183,7 +186,8 @@ def _training_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _html_table(header: list[str], rows: list[list[str]], kind: str = "plain") -> str:
+def html_table(header: list[str], rows: list[list[str]], kind: str = "plain") -> str:
+    """A table; cells are text."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'

@@ -1,0 +1,209 @@
+"""`fusejax report RUN ...`: one table over any number of finished jobs, on the terminal, as CSV, Markdown and HTML.
+
+A *group* is one job under several seeds: runs whose configurations differ in `seed` and `output` alone. Its values are
+means over the runs, with the sample standard deviation of the average. The same runs give the same bytes.
+"""
+
+import csv
+import html
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fusejax import metrics, plots, report, store
+from fusejax.errors import UserError
+from fusejax.progress import console, say
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished job's output folder and its report."""
+
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        return self.report["evaluation"]["bits_per_byte"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of one group: mean bits per byte by column, and the spread of the average where there are seeds."""
+
+    group: str
+    model: str
+    values: dict[str, float]
+    deviation: float | None
+
+
+def read(folder: str | Path) -> Run:
+    """A run; UserError where the folder has no report that can be read."""
+    path = Path(folder) / "report.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        scores = found["evaluation"]["bits_per_byte"]
+        if not all("average" in values for values in scores.values()):
+            raise ValueError("values without an average")
+        return Run(Path(folder), found)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no report there; {folder} should be the output folder of a finished job") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as a job's report ({error}); run `fusejax report CONFIG.yaml`"
+        ) from None
+
+
+def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each group by its name, in the order given."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {k: v for k, v in run.report.get("config", {}).items() if k not in ("seed", "output")}
+        found.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    named: dict[str, list[Run]] = {}
+    for members in found.values():
+        name = members[0].report.get("name") or members[0].folder.name
+        if len(members) > 1:
+            seeds = ", ".join(str(run.report["config"].get("seed")) for run in members)
+            name = f"{name} (seeds {seeds})"
+        while name in named:
+            name = f"{members[0].folder}" if str(members[0].folder) not in named else f"{name}'"
+        named[name] = members
+    return named
+
+
+def table(grouped: dict[str, list[Run]]) -> tuple[list[str], list[Row]]:
+    """(columns, rows): the domains of all runs and `average` last; a model that only some runs of a group have counts
+    over these."""
+    columns: list[str] = []
+    rows = []
+    for name, members in grouped.items():
+        for model in dict.fromkeys(model for run in members for model in run.scores):
+            having = [run.scores[model] for run in members if model in run.scores]
+            shared = [key for key in having[0] if all(key in values for values in having)]
+            columns += [key for key in shared if key not in columns]
+            values = {key: statistics.fmean(v[key] for v in having) for key in shared}
+            averages = [v["average"] for v in having]
+            rows.append(Row(name, model, values, statistics.stdev(averages) if len(averages) > 1 else None))
+    return [*(c for c in columns if c != "average"), "average"], rows
+
+
+def _cells(columns: list[str], row: Row) -> list[str]:
+    cells = [f"{row.values[key]:.4f}" if key in row.values else "" for key in columns]
+    if row.deviation is not None:
+        cells[-1] += f" ± {row.deviation:.4f}"
+    return [row.group, plots.LABELS.get(row.model, row.model), *cells]
+
+
+def as_csv(columns: list[str], rows: Sequence[Row]) -> str:
+    """One line a row, full precision; `model` as in report.json."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "model", *columns, "standard deviation of average"])
+    for row in rows:
+        values = [repr(row.values[key]) if key in row.values else "" for key in columns]
+        writer.writerow([row.group, row.model, *values, "" if row.deviation is None else repr(row.deviation)])
+    return out.getvalue()
+
+
+def as_markdown(columns: list[str], rows: Sequence[Row]) -> str:
+    """A table; the best of each run's column is bold."""
+    lines = ["| run | model | " + " | ".join(_escaped(c) for c in columns) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
+    for row in rows:
+        group, model, *cells = (_escaped(cell) for cell in _cells(columns, row))
+        cells = [f"**{c}**" if _best(rows, row, key) else c for c, key in zip(cells, columns, strict=True)]
+        lines.append(f"| {group} | {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _best(rows: Sequence[Row], row: Row, key: str) -> bool:
+    """Whether no other model of the same group has a smaller value."""
+    others = [other.values[key] for other in rows if other.group == row.group and key in other.values]
+    return key in row.values and row.values[key] == min(others)
+
+
+def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Row]) -> str:
+    """A self-contained page: the table, bits per byte by domain, losses, alignment."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in ["run", "model", *columns])
+    body = ""
+    for row in rows:
+        group, model, *cells = (html.escape(cell) for cell in _cells(columns, row))
+        marked = [f"<b>{c}</b>" if _best(rows, row, key) else c for c, key in zip(cells, columns, strict=True)]
+        body += f"<tr><td>{group}</td><td>{model}</td>" + "".join(f"<td>{c}</td>" for c in marked) + "</tr>"
+    parts = [
+        "<h1>Comparison</h1>",
+        "<h2>Bits per byte on held-out text, lower is better</h2>",
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+    ]
+    for name, members in grouped.items():
+        means = {row.model: row.values for row in rows if row.group == name}
+        if not means:
+            continue
+        parts += [f"<h2>{html.escape(name)}</h2>", plots.bits_per_byte({"evaluation": {"bits_per_byte": means}})]
+        histories = {model: metrics.read(folder) for model, folder in _histories(members[0]).items()}
+        if any(histories.values()):
+            seed = members[0].report.get("config", {}).get("seed")
+            note = f"<p>Training loss of seed {seed}.</p>" if len(members) > 1 else ""
+            parts += [note, plots.losses(histories)]
+        if members[0].report["alignment"]:
+            parts.append(_alignment_table(members[0]))
+    return report.page("fusejax: comparison", "\n".join(parts))
+
+
+def _histories(run: Run) -> dict[str, Path]:
+    found = {"fused": run.folder, "clm": run.folder / "clm"}
+    return {model: folder for model, folder in found.items() if (folder / "metrics.jsonl").exists()}
+
+
+def _alignment_table(run: Run) -> str:
+    won = run.report["training"].get("fused", {}).get("rows_won", {})
+    rows = [
+        [name, f"{100 * values['share']:.1f}%", f"{100 * won[name]:.1f}%" if name in won else ""]
+        for name, values in run.report["alignment"].items()
+    ]
+    return report.html_table(["source", "rows aligned", "rows won"], rows)
+
+
+def run(
+    folders: Sequence[str],
+    csv_path: str | None = None,
+    markdown_path: str | None = None,
+    html_path: str | None = None,
+) -> None:
+    """Show the table, and write it where paths are given."""
+    grouped = groups([read(folder) for folder in dict.fromkeys(folders)])
+    columns, rows = table(grouped)
+    if not rows:
+        raise UserError("report: none of these runs was evaluated; give them an evaluation.corpus")
+    shown = Table("run", "model", *columns, title="bits per byte on held-out text, lower is better")
+    for column in shown.columns[2:]:
+        column.justify = "right"
+    before = ""
+    for row in rows:
+        group, model, *cells = _cells(columns, row)
+        cells = [f"[bold]{c}[/]" if _best(rows, row, key) else c for c, key in zip(cells, columns, strict=True)]
+        if before and before != group:
+            shown.add_section()
+        shown.add_row(group if group != before else "", model, *cells)
+        before = group
+    console.print(shown)
+    made = {
+        csv_path: lambda: as_csv(columns, rows),
+        markdown_path: lambda: as_markdown(columns, rows),
+        html_path: lambda: as_html(grouped, columns, rows),
+    }
+    for path, make in made.items():
+        if path is not None:
+            store.write_atomically(path, make())
+            say(f"report: {path}")

@@ -1,0 +1,91 @@
+import csv
+import json
+import statistics
+
+import pytest
+
+from fusejax import cli, comparison
+
+
+def write(folder, name, seed, scores, **settings):
+    folder.mkdir()
+    report = {
+        "name": name, "config": {"seed": seed, "output": str(folder), **settings},
+        "evaluation": {"bits_per_byte": scores}, "training": {"fused": {"rows_won": {"s": 0.25}}},
+        "alignment": {"s": {"share": 0.75}},
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(report))
+    lines = [{"step": i, "tokens": 10.0, "clm_loss": 3.0 - i / 10} for i in range(5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def scores(law, prose):
+    return {"law": law, "prose": prose, "average": (law + prose) / 2}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    first = {"target": scores(2.0, 3.0), "fused": scores(1.0, 2.0)}
+    second = {"target": scores(2.0, 3.0), "fused": scores(1.5, 1.9)}
+    other = {"target": {"code": 4.0, "average": 4.0}, "fused": {"code": 4.5, "average": 4.5}}
+    return [
+        write(tmp_path / "a", "mine", 0, first, max_length=8),
+        write(tmp_path / "b", "mine", 1, second, max_length=8),
+        write(tmp_path / "c", "the <other>", 0, other, max_length=16),
+    ]
+
+
+def test_seeds_share_a_row_with_their_spread(runs, tmp_path, capsys):
+    files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "markdown", "html")}
+    arguments = ["report", *runs]
+    for kind, path in files.items():
+        arguments += [f"--{kind}", str(path)]
+    cli.main(arguments)
+    out = capsys.readouterr().out
+    assert "mine (seeds" in out
+    rows = list(csv.DictReader(files["csv"].open()))
+    assert [(row["run"], row["model"]) for row in rows] == [
+        ("mine (seeds 0, 1)", "target"), ("mine (seeds 0, 1)", "fused"),
+        ("the <other>", "target"), ("the <other>", "fused"),
+    ]  # fmt: skip
+    fused = rows[1]
+    assert float(fused["law"]) == 1.25
+    assert float(fused["average"]) == pytest.approx(1.6)
+    assert float(fused["standard deviation of average"]) == pytest.approx(statistics.stdev([1.5, 1.7]))
+    assert fused["code"] == ""
+    assert rows[2]["code"] == "4.0"
+    assert rows[2]["standard deviation of average"] == ""
+    text = files["markdown"].read_text()
+    assert "| mine (seeds 0, 1) | fused | **1.2500** | **1.9500** |  | **1.6000 ± 0.1414** |" in text
+    assert "| the <other> | target (before) |  |  | **4.0000** | **4.0000** |" in text
+    page = files["html"].read_text()
+    assert page.count("<svg") == 4
+    assert "the &lt;other&gt;" in page
+    assert "<other>" not in page
+    assert "75.0%" in page
+    again = tmp_path / "again.html"
+    cli.main(["report", *runs, "--html", str(again)])
+    assert again.read_text() == page
+
+
+def test_columns_are_in_the_order_of_the_runs(runs):
+    columns, _ = comparison.table(comparison.groups([comparison.read(run) for run in (runs[2], runs[0])]))
+    assert columns == ["code", "law", "prose", "average"]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "no report there"),
+    ("{", "cannot be read as a job's report"),
+    ('{"evaluation": {"bits_per_byte": {"fused": {"law": 1}}}}', "values without an average"),
+])  # fmt: skip
+def test_a_folder_without_a_report_is_named(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(tmp_path)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert str(tmp_path / "report.json") in error
