@@ -30,25 +30,30 @@ class Spellings:
         self.code_V = np.array([codes[string] for string in plain], np.int32)
 
 
-def warp_tokens(source_ids: np.ndarray, target_ids: np.ndarray, source: Spellings, target: Spellings):
+def warp_tokens(
+    source: Tokens, target: Tokens, source_spellings: Spellings, target_spellings: Spellings
+) -> tuple[int, np.ndarray]:
     """(cost, path int32[P, 2] of (source position, target position)) of the cheapest alignment of two tokenizations.
 
     Dynamic time warping; the cost of a pair of tokens is the Levenshtein distance of their characters, marks of spaces
     left out. Of equally cheap steps into a pair of tokens, the one that advances both series counts first, then the one
-    that advances the source, then the one that advances the target. Empty where either side is.
+    that advances the source, then the one that advances the target. Empty where either side is. Boundaries only say
+    where the path is looked for first.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
     from fusejax.alignment.warping import warp
 
-    if not len(source_ids) or not len(target_ids):
+    if not len(source.ids) or not len(target.ids):
         return 0, np.zeros((0, 2), np.int32)
-    codes_U, a_N = np.unique(source.code_V[source_ids], return_inverse=True)
-    codes_W, b_M = np.unique(target.code_V[target_ids], return_inverse=True)
-    strings_U, strings_W = [source.strings[c] for c in codes_U], [target.strings[c] for c in codes_W]
+    codes_U, a_N = np.unique(source_spellings.code_V[source.ids], return_inverse=True)
+    codes_W, b_M = np.unique(target_spellings.code_V[target.ids], return_inverse=True)
+    strings_U = [source_spellings.strings[c] for c in codes_U]
+    strings_W = [target_spellings.strings[c] for c in codes_W]
     cost_UW = cdist(strings_U, strings_W, scorer=Levenshtein.distance, dtype=np.uint16)
-    return warp(cost_UW, a_N.astype(np.int32), b_M.astype(np.int32))
+    guess_N = np.minimum(np.searchsorted(target.boundaries, source.boundaries), len(b_M) - 1)
+    return warp(cost_UW, a_N.astype(np.int32), b_M.astype(np.int32), guess_N)
 
 
 class MinedRows:
@@ -70,7 +75,7 @@ class MinedRows:
 
     def __call__(self, target: Tokens, source: Tokens) -> np.ndarray:
         """int32[n_target, 2], see `fusejax.alignment.row_map`; the second column is 0."""
-        _, path_P2 = warp_tokens(source.ids, target.ids, self._source, self._target)
+        _, path_P2 = warp_tokens(source, target, self._source, self._target)
         n = len(target.ids)
         rows_T2 = np.full((n, 2), (NO_ROW, 0), np.int32)
         if not len(path_P2):
@@ -180,7 +185,7 @@ def counted_images(target_tok: Tokenizer, source_tok: Tokenizer, pairs: Iterable
     width = np.int64(target_tok.vocab_size)
     counts: dict[int, int] = {}
     for target_tokens, source_tokens in pairs:
-        _, path_P2 = warp_tokens(source_tokens.ids, target_tokens.ids, source, target)
+        _, path_P2 = warp_tokens(source_tokens, target_tokens, source, target)
         keys_P = source_tokens.ids[path_P2[:, 0]].astype(np.int64) * width + target_tokens.ids[path_P2[:, 1]]
         for key, n in zip(*(part.tolist() for part in np.unique(keys_P, return_counts=True)), strict=True):
             counts[key] = counts.get(key, 0) + n

@@ -143,15 +143,18 @@ def _warping(
     """`mined` and the plain restatement on N source and N target tokens of the same text."""
     n = options.tokens
     text = "".join(documents)
-    target_ids, source_ids = target.encode(text)[0][:n], source.encode(text)[0][:n]
-    size = f"{len(source_ids)} x {len(target_ids)}"
+    target_tokens, source_tokens = (Tokens(*(part[:n] for part in tok.encode(text))) for tok in (target, source))
+    size = f"{len(source_tokens.ids)} x {len(target_tokens.ids)}"
     spellings = mined.Spellings(source), mined.Spellings(target)
-    ours = partial(mined.warp_tokens, source_ids, target_ids, *spellings)
+    ours = partial(mined.warp_tokens, source_tokens, target_tokens, *spellings)
     seconds = core.measure({f"{name}: mined {size}": ours}, options.repeats, title=f"align {name}: mined")
     found = core.cases(seconds)
     if options.no_plain:
         return found
-    surfaces = [source.surfaces[i] or "" for i in source_ids], [target.surfaces[i] or "" for i in target_ids]
+    surfaces = (
+        [source.surfaces[i] or "" for i in source_tokens.ids],
+        [target.surfaces[i] or "" for i in target_tokens.ids],
+    )
     plainly = f"{name}: plain restatement {size}"
     slow = core.measure({plainly: partial(plain.warp_spellings, *surfaces)}, 1, warmup=0, title=f"align {name}: plain")
     return core.cases(seconds | slow, {f"{name}: mined {size}": [plainly], plainly: [f"{name}: mined {size}"]})

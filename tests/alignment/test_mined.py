@@ -67,7 +67,7 @@ def test_rows_on_a_text_one_can_read():
     for text in TEXTS:
         target, source = Tokens.of(target_tok, text), Tokens.of(source_tok, text)
         spellings = mined.Spellings(source_tok), mined.Spellings(target_tok)
-        _, path_P2 = mined.warp_tokens(source.ids, target.ids, *spellings)
+        _, path_P2 = mined.warp_tokens(source, target, *spellings)
         rows_T2 = row_map(text, target_tok, source_tok, "mined")
         assert not rows_T2[:, 1].any()
         for t, row in enumerate(rows_T2[:, 0].tolist()):
@@ -98,10 +98,10 @@ def test_stats_is_the_most_frequent_match():
     counts = {}
     spellings = mined.Spellings(source), mined.Spellings(target)
     for text in TEXTS:
-        a, b = source.encode(text)[0], target.encode(text)[0]
+        a, b = Tokens.of(source, text), Tokens.of(target, text)
         for i, j in mined.warp_tokens(a, b, *spellings)[1].tolist():
-            counts.setdefault(a[i], {}).setdefault(b[j], 0)
-            counts[a[i]][b[j]] += 1
+            counts.setdefault(a.ids[i], {}).setdefault(b.ids[j], 0)
+            counts[a.ids[i]][b.ids[j]] += 1
     changed = 0
     for v, (surface, piece) in enumerate(zip(source.surfaces, source.canonical_bytes, strict=True)):
         if piece is None or v not in counts or surface in target.surfaces:
@@ -152,12 +152,12 @@ def test_golden_rows(name):
     spellings = mined.Spellings(source), mined.Spellings(target)
     n_rows = n_equal = 0
     for row in saved["rows"]:
-        target_ids, source_ids = target.encode(row["text"])[0], source.encode(row["text"])[0]
-        assert target_ids.tolist() == row["target_ids"]
-        assert source_ids.tolist() == row["source_ids"]
-        cost, path_P2 = mined.warp_tokens(source_ids, target_ids, *spellings)
+        target_tokens, source_tokens = Tokens.of(target, row["text"]), Tokens.of(source, row["text"])
+        assert target_tokens.ids.tolist() == row["target_ids"]
+        assert source_tokens.ids.tolist() == row["source_ids"]
+        cost, path_P2 = mined.warp_tokens(source_tokens, target_tokens, *spellings)
         assert cost == row["dtw_cost"]
-        matched = [path_P2[path_P2[:, 1] == t, 0].tolist() for t in range(len(target_ids))]
+        matched = [path_P2[path_P2[:, 1] == t, 0].tolist() for t in range(len(target_tokens.ids))]
         n_rows += len(matched)
         n_equal += sum(a == b for a, b in zip(matched, row["dtw_target_to_source"], strict=True))
     assert n_rows > 400

@@ -4,6 +4,7 @@ import pytest
 from tokenizer_zoo import TEXTS, tokenizer
 
 from fusejax.alignment import mined, plain
+from fusejax.alignment.rows import Tokens
 
 
 @pytest.mark.parametrize(
@@ -12,10 +13,10 @@ from fusejax.alignment import mined, plain
 @pytest.mark.parametrize("text", TEXTS)
 def test_same_cost_and_path(pair, text):
     target, source = map(tokenizer, pair)
-    target_ids, source_ids = target.encode(text)[0], source.encode(text)[0]
-    cost, path_P2 = mined.warp_tokens(source_ids, target_ids, mined.Spellings(source), mined.Spellings(target))
+    spellings = mined.Spellings(source), mined.Spellings(target)
+    cost, path_P2 = mined.warp_tokens(Tokens.of(source, text), Tokens.of(target, text), *spellings)
     expected_cost, expected_path = plain.warp_spellings(
-        [source.surfaces[i] for i in source_ids], [target.surfaces[i] for i in target_ids]
+        *([tok.surfaces[i] for i in tok.encode(text)[0]] for tok in (source, target))
     )
     assert cost == expected_cost
     assert list(map(tuple, path_P2.tolist())) == expected_path

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusejax.alignment.warping import warp
+from fusejax.alignment.warping import _band, _within, warp
 
 
 def plain_warp(cost_UV, a, b):
@@ -48,3 +48,55 @@ def test_short_series_with_many_ties(a, b, values):
 def test_lengths_around_the_blocks_of_rows(n, m):
     rng = np.random.default_rng(n * 1000 + m)
     check(rng.integers(0, 4, (9, 7)), rng.integers(0, 9, n), rng.integers(0, 7, m))
+
+
+def words(rng, n, kinds, junk=0):
+    """A series of n words and the same with some of them in two parts, after `junk` others; costs, and the true place.
+
+    Costs are 0 for equal symbols, else 1 or 2 for the parts of a word and anything from 1 to 5 for the rest.
+    """
+    cost = rng.integers(1, 6, (2 * kinds, 2 * kinds))
+    half = np.arange(kinds)
+    cost[half, half + kinds] = rng.integers(1, 3, kinds)
+    np.fill_diagonal(cost, 0)
+    a, b, place = rng.integers(0, kinds, n), list(rng.integers(0, kinds, junk)), []
+    for word in a.tolist():
+        b += [word] if rng.random() < 0.8 else [word + kinds, rng.integers(kinds, 2 * kinds)]
+        place.append(len(b) - 1)
+    return cost.astype(np.uint16), a.astype(np.int32), np.array(b, np.int32), np.array(place)
+
+
+def same(one, two):
+    assert one[0] == two[0]
+    assert (one[1] == two[1]).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_band_that_proves_optimal_gives_the_path_of_the_whole(seed):
+    cost_UV, a_N, b_M, place_N = words(np.random.default_rng(seed), 700, 300)
+    same(warp(cost_UV, a_N, b_M, place_N), warp(cost_UV, a_N, b_M))
+    assert _within(cost_UV, a_N, b_M, *_band(place_N, 32, len(b_M)))[0]
+
+
+@pytest.mark.parametrize("junk", [0, 20, 31, 40, 90, 140])
+@pytest.mark.parametrize("kinds", [3, 12, 200])
+def test_a_wrong_guess_costs_time_alone(junk, kinds):
+    rng = np.random.default_rng(junk * 1000 + kinds)
+    cost_UV, a_N, b_M, _ = words(rng, 320, kinds, junk)
+    whole = warp(cost_UV, a_N, b_M)
+    guesses = [np.arange(len(a_N)), np.sort(rng.integers(0, len(b_M), len(a_N))), np.full(len(a_N), len(b_M) - 1)]
+    for guess_N in guesses:
+        guess_N = np.minimum(guess_N, len(b_M) - 1)
+        same(warp(cost_UV, a_N, b_M, guess_N), whole)
+        for half in (17, 24, 32):
+            proven, *found = _within(cost_UV, a_N, b_M, *_band(guess_N, half, len(b_M)))
+            if proven:
+                same(found, whole)
+
+
+def test_series_with_many_ties_in_a_band():
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        cost_UV = rng.integers(0, 3, (4, 4)).astype(np.uint16)
+        a_N, b_M = (rng.integers(0, 4, 300).astype(np.int32) for _ in range(2))
+        same(warp(cost_UV, a_N, b_M, np.arange(300)), warp(cost_UV, a_N, b_M))
