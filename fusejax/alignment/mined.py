@@ -64,8 +64,10 @@ class MinedRows:
     """
 
     def __init__(self, target_tok: Tokenizer, source_tok: Tokenizer) -> None:
+        from fusejax.alignment import cache  # which keeps what this module makes
+
         self._source, self._target = Spellings(source_tok), Spellings(target_tok)
-        self._images_V = token_images(target_tok, source_tok)
+        self._images_V = cache.token_table(target_tok, source_tok, "mined", 1).ids[:, 0]
         self._target_surfaces, self._source_surfaces = target_tok.surfaces, source_tok.surfaces
         self._ids = ids_of_surfaces(target_tok)
         self._code_T = _codes(target_tok.surfaces, self._ids)
