@@ -1,11 +1,12 @@
 """Measuring: warm-up, interleaved rounds, medians and their spread, ratios, memory, and what the machine is."""
 
+import math
 import os
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -101,17 +102,14 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def largest_buffer(compiled: Any) -> int:
-    """Elements of the largest array in a compiled function's module (`jitted.lower(...).compile()`), arguments too."""
-    shapes = re.findall(r"\b(?:pred|[subf]+\d+\w*)\[([\d,]+)\]", compiled.as_text())
-    return max((_elements(shape) for shape in shapes), default=1)
+def largest_buffer(compiled: Any, without: Collection[tuple[int, ...]] = ()) -> int:
+    """Elements of the largest array in a compiled function's module (`jitted.lower(...).compile()`), arguments too.
 
-
-def _elements(shape: str) -> int:
-    count = 1
-    for size in shape.split(","):
-        count *= int(size)
-    return count
+    without: shapes that do not count, dimensions of 1 left out.
+    """
+    found = re.findall(r"\b(?:pred|[subf]+\d+\w*)\[([\d,]+)\]", compiled.as_text())
+    shapes = {tuple(int(size) for size in shape.split(",") if size != "1") for shape in found}
+    return max((math.prod(shape) for shape in shapes if shape not in without), default=1)
 
 
 def temporary_bytes(compiled: Any) -> int | None:

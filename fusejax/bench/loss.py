@@ -1,8 +1,9 @@
 """`fusejax bench loss`: what fusing costs beside continual training, forward and backward, from hidden states on.
 
-`fused` is `loss.fusion_loss` over sparse targets; `plain` our cross-entropy made the same way; `full logits` the usual
-jax cross-entropy over one [T, V] array; `dense, torch` the arithmetic of the FuseLLM paper's code: dense targets of
-three models, weighed by their rewards, in a soft-target cross-entropy over [T, V] (where torch is installed).
+`fused` is `loss.fusion_loss` over sparse targets, `fused with metrics` the same with all that training logs; `plain`
+our cross-entropy made the same way; `full logits` the usual jax cross-entropy over one [T, V] array; `dense, torch` the
+arithmetic of the FuseLLM paper's code: dense targets of three models, weighed by their rewards, in a soft-target
+cross-entropy over [T, V] (where torch is installed). `largest array` leaves arrays of the unembedding's shape out.
 """
 
 import argparse
@@ -52,25 +53,33 @@ def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with
     example = make_example(options.tokens, hidden, vocab, options.top_k, dtype)
     functions: dict[str, Callable[[], Any]] = {}
     memory: list[core.Case] = []
-    implementations: dict[str, Callable[..., jax.Array]] = {"fused": fused, "plain": plain, "full logits": full_logits}
+    implementations: dict[str, Callable[..., Any]] = {
+        "fused": fused,
+        "plain": plain,
+        "full logits": full_logits,
+        "fused with metrics": with_metrics,
+    }
     for name, function in implementations.items():
-        arguments = example[:5] if name == "fused" else example[:3]
-        compiled = jax.jit(jax.value_and_grad(function, (0, 1))).lower(*arguments).compile()
+        arguments = example[:5] if name.startswith("fused") else example[:3]
+        has_aux = name == "fused with metrics"
+        compiled = jax.jit(jax.value_and_grad(function, (0, 1), has_aux=has_aux)).lower(*arguments).compile()
         functions[name + suffix] = partial(compiled, *arguments)
-        memory += _memory(name + suffix, compiled, options.tokens * vocab)
+        memory += _memory(name + suffix, compiled, options.tokens, hidden, vocab)
     if with_torch:
         functions["dense, torch" + suffix] = torch_dense(example)
-    others = [name for name in functions if not name.startswith("fused")]
+    others = ["plain" + suffix, *(name for name in functions if not name.startswith(("fused,", "plain")))]
     seconds = core.measure(functions, options.repeats, title=f"loss{suffix}")
     return core.cases(seconds, {"fused" + suffix: others}) + memory
 
 
-def _memory(name: str, compiled: Any, elements: int) -> list[core.Case]:
+def _memory(name: str, compiled: Any, tokens: int, hidden: int, vocab: int) -> list[core.Case]:
+    found = []
     temporaries = core.temporary_bytes(compiled)
-    largest = core.largest_buffer(compiled)
-    found = [core.Case(f"{name}: largest array / (T·V)", largest / elements, "")]
     if temporaries is not None:
-        found.insert(0, core.Case(f"{name}: temporaries", temporaries, "bytes"))
+        found.append(core.Case(f"{name}: temporaries", temporaries, "bytes"))
+    if tokens != hidden:  # else logits and unembedding look the same
+        largest = core.largest_buffer(compiled, without={(hidden, vocab), (vocab, hidden)})
+        found.append(core.Case(f"{name}: largest array / (T·V)", largest / (tokens * vocab), ""))
     return found
 
 
@@ -92,6 +101,14 @@ def make_example(tokens: int, hidden: int, vocab: int, top_k: int, dtype: str) -
 def fused(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
     """λ · CLM + (1 − λ) · fusion, the defaults of training."""
     return loss.fusion_loss(hidden, unembedding, labels, ids, probs, weight_clm=WEIGHT_CLM).total
+
+
+def with_metrics(
+    hidden: jax.Array, unembedding: jax.Array, labels: jax.Array, ids: jax.Array, probs: jax.Array
+) -> tuple[jax.Array, loss.LossSums]:
+    """The same, with all sums that training logs, the model's entropy among them."""
+    sums = loss.fusion_loss(hidden, unembedding, labels, ids, probs, weight_clm=WEIGHT_CLM, model_entropy=True)
+    return sums.total, sums
 
 
 def plain(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array) -> jax.Array:

@@ -29,6 +29,8 @@ def test_loss_writes_cases_and_machine(tmp_path, capsys):
     assert fused["unit"] == "s"
     assert fused["ratio"] == pytest.approx(fused["value"] / by_name[fused["ratio_to"]]["value"])
     assert fused["spread"][0] <= fused["value"] <= fused["spread"][1]
+    assert {"plain, D=8 V=64", "full logits, D=8 V=64"} <= set(fused["ratios"])
+    assert by_name["full logits, D=8 V=64: largest array / (T·V)"]["value"] >= 1
     assert "fused, D=8 V=64" in capsys.readouterr().out
 
 
@@ -54,6 +56,7 @@ def test_medians_ratios_and_rates():
 def test_largest_buffer_and_temporaries():
     compiled = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.outer(x, x), 0))).lower(jnp.zeros(30)).compile()
     assert core.largest_buffer(compiled) == 900
+    assert core.largest_buffer(compiled, without={(30, 30)}) == 30
     assert core.temporary_bytes(compiled) >= 900 * 4
 
 
