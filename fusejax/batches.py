@@ -217,6 +217,7 @@ class _Source:
         self._config, self.label = config, source.label
         self._tokenizer = tokenizers.for_model(source)
         self._tokens = _tokens(config, self._tokenizer)
+        self._has_targets_tokens = self._tokens.folder == _tokens(config, tokenizers.for_model(config.target)).folder
         self._cache = SourceCache(config.folder / "sources" / source.label)
         wanted = sources.inputs(config, source, self._tokenizer)
         check_inputs(self._cache.folder, {key: self._cache.inputs.get(key) for key in wanted}, wanted)
@@ -228,7 +229,8 @@ class _Source:
 
     def rows(self, document: int, target: Arrays) -> Arrays:
         """The source_* arrays of a document, [n, ...] for the n text tokens of the target; none if the source broke."""
-        cache, tokens = self._cache[document], self._tokens[document]
+        cache = self._cache[document]
+        tokens = target if self._has_targets_tokens else self._tokens[document]
         row_map_T2 = self._row_maps[document]["row_map"]
         n_source = len(tokens["ids"])
         if n_source and not len(cache["ce"]):
