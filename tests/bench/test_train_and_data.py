@@ -1,0 +1,57 @@
+import json
+
+import pytest
+
+from fusejax import alignment, bench, cli, config, sources
+
+
+@pytest.fixture
+def job(make_job, tmp_path):
+    made = make_job(batch={"sequences": 2, "steps": 3})
+    sources.run(made)
+    alignment.run(made)
+    path = tmp_path / "job.yaml"
+    path.write_text(config.dump(made))
+    return path
+
+
+def measured(tmp_path, *arguments):
+    cli.main(["bench", *map(str, arguments), "--repeats", "2", "--json", str(tmp_path / "out.json")])
+    return {case["name"]: case for case in json.loads((tmp_path / "out.json").read_text())["cases"]}
+
+
+def test_data(job, tmp_path):
+    cases = measured(tmp_path, "data", job)
+    assert list(cases) == ["sequence", "text"]
+    assert cases["sequence"]["unit"] == "s"
+    assert cases["sequence"]["ratio_to"] == "text"
+    assert (cases["sequence"]["sources"], cases["sequence"]["top_k"]) == (2, 5)
+
+
+def test_train_against_torch(job, tmp_path):
+    pytest.importorskip("torch")
+    cases = measured(tmp_path, "train", job, "--random", "64x1x400", "--against", "torch")
+    rates = {name: case["value"] for name, case in cases.items() if case["unit"] == "tokens/s"}
+    assert {"fused", "clm", "torch clm"} <= set(rates)
+    fused = cases["fused"]
+    assert fused["ratio_to"] == "torch clm"
+    assert fused["ratio"] == pytest.approx(rates["fused"] / rates["torch clm"])
+    assert fused["parameters"] == 400 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64
+    assert cases["fused: model"]["value"] == pytest.approx(fused["value"] * fused["flops_per_token"] / 1e9)
+    assert cases["clm: compile"]["value"] > 0
+    assert cases["clm: memory per device"]["value"] > 16 * fused["parameters"]  # parameters, gradient, two moments
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [("64x1", "WIDTHxLAYERSxVOCAB"), ("100x1x400", "multiple of 64"), ("64x1x8", "vocabulary of at least 352")],
+)
+def test_wrong_shapes_are_one_line(job, capsys, shape, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "train", str(job), "--random", shape])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_both_are_listed():
+    assert {"train", "data"} <= set(bench.BENCHES)
