@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import zlib
@@ -312,7 +313,7 @@ def _unpack(blob: bytes, number: int) -> dict[str, Any]:
             record[name] = data.decode("utf-8", "surrogatepass") if kind == "str" else data
         else:
             dtype = np.dtype(kind)
-            count = int(np.prod(shape))
+            count = math.prod(shape)
             size = count * dtype.itemsize
             record[name] = np.frombuffer(blob, dtype, count, at).reshape(shape)
         at += size

@@ -139,7 +139,9 @@ def torch_step(job: Config, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     """transformers' causal model on the same batch: loss, gradients, clipping, AdamW with the job's values."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(core.threads())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = models.local_folder(job.target.model, job.target.revision)

@@ -29,7 +29,7 @@ def start(path, *overrides, devices=4, command="train", output=None, process=Non
     told = []
     if process is not None:
         told = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}"]
-        told += [f"distributed.process={process}", "distributed.timeout_s=20"]
+        told += [f"distributed.process={process}", "distributed.timeout_s=30"]
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONUNBUFFERED": "1",
@@ -91,11 +91,11 @@ def test_two_processes_equal_one_and_go_on_after_kill_and_sigterm_on_any_number(
 
     port = free_port()
     running = [start(path, process=i, port=port, output=two) for i in range(2)]
-    wait_for_step(two, 3)
+    wait_for_step(two, 3, running)
     running[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     out = running[0].communicate(timeout=100)[0]
-    assert time.monotonic() - began < 60  # distributed.timeout_s is 20
+    assert time.monotonic() - began < 80  # distributed.timeout_s is 30
     assert running[0].returncode != 0
     assert "process 1" in out.splitlines()[-1]
     assert "the same command goes on" in out.splitlines()[-1]
@@ -104,7 +104,7 @@ def test_two_processes_equal_one_and_go_on_after_kill_and_sigterm_on_any_number(
     done = len(metrics.read(two))
     port = free_port()
     running = [start(path, process=i, port=port, output=two) for i in range(2)]
-    wait_for_step(two, done + 2)
+    wait_for_step(two, done + 2, running)
     for process in running:
         process.send_signal(signal.SIGTERM)
     outs = [process.communicate(timeout=100)[0] for process in running]
@@ -147,11 +147,14 @@ def test_mistakes_are_one_line(job):
     assert "16 are expected, here are 8 on 2 processes" in results[0][1]
     code, out = one(path, process=0, port=free_port(), output=copy("c"))
     assert code == 2
-    assert out == "error: process 1 of 2 did not start within 20 s\n"
+    assert out == "error: process 1 of 2 did not start within 30 s\n"
 
 
-def wait_for_step(folder, step, timeout=200):
+def wait_for_step(folder, step, running, timeout=200):
     deadline = time.monotonic() + timeout
     while len(metrics.read(folder)) < step:
-        assert time.monotonic() < deadline
+        ended = [process.communicate()[0] for process in running if process.poll() is not None]
+        logs = {path.name: path.read_text()[-2000:] for path in (folder / "logs").glob("*")}
+        assert not ended, (ended, logs)
+        assert time.monotonic() < deadline, logs
         time.sleep(0.1)
