@@ -50,7 +50,12 @@ class Checkpoints:
             except Exception as error:  # of the background save: of what type depends on the storage
                 failed = failed or error
         if failed is not None and kind is None:
-            raise writing_failed(self.folder, failed) from None
+            raise self._failed(failed) from None
+
+    def _failed(self, error: Exception) -> Exception:
+        """The error of a save; that of an exchange between processes stays what it is."""
+        between = jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+        return error if between else writing_failed(self.folder, error)
 
     def latest(self) -> int | None:
         """The step of the latest whole checkpoint."""
@@ -61,7 +66,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # of the background save: of what type depends on the storage
-            raise writing_failed(self.folder, error) from None
+            raise self._failed(error) from None
 
     def save(self, step: int, state: Any, about: Mapping[str, Any], loss: float | None = None) -> None:
         """Save a pytree of arrays as step `step`, with `about` (JSON) beside it; returns when the arrays are copied.
@@ -77,7 +82,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=arguments, metrics=None if loss is None else {"loss": loss})
         except (OSError, ValueError, RuntimeError) as error:
-            raise writing_failed(self.folder, error) from None
+            raise self._failed(error) from None
 
     def about(self) -> dict[str, Any]:
         """What was saved beside the latest checkpoint."""
