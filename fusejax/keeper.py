@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 _FATAL = "Terminating process because the JAX distributed service detected fatal errors"
-_NOISE = re.compile(
-    r"^[EWF]\d{4} |^\*\*\* Check failure|^    @ |^RPC: |^Additional GRPC error|^:UNKNOWN:|^\d+$|^The tasks? ha"
-)
+# What the runtime itself writes: lines of its log, of its stack traces and of its status messages.
+_NOISE = re.compile(r"[EWF]\d{4} |\[Gloo\] |\*\*\* Check failure|    @ |RPC: |Additional GRPC error|:UNKNOWN:|\d+$")
 
 
 def main(path: str, process: str, processes: str) -> None:

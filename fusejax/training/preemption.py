@@ -14,6 +14,7 @@ class Notice:
 
     def __init__(self) -> None:
         self._came = False
+        self._asked = 0
         self._before: Any = None
         # JAX's runtime has its own handler where there are several processes, and brings them to the same step.
         self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
@@ -30,8 +31,10 @@ class Notice:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = True
 
-    def came(self, step: int) -> bool:
-        """Asked once a step, in every process."""
+    def came(self) -> bool:
+        """To be asked once a step, in every process."""
+        self._asked += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            # Counted from the start of the process, not of the run: a notice before the first step is for count 1.
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._came
