@@ -96,6 +96,8 @@ def _tpu(name: str) -> Sequence[Any]:
         raise UserError(f"topology {name!r}: needs libtpu; pip install 'jax[tpu]=={jax.__version__}'") from None
     # Without these libtpu asks the cloud's metadata server which TPU it is on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # It would let one process of a machine in alone, which matters where there is a TPU.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:

@@ -104,6 +104,22 @@ def attention_specs(mesh: Mesh, rows: int, n_heads: int, n_kv_heads: int) -> tup
     return PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
 
 
+def to_batch_rows(looked_up_BLD: jax.Array, mesh: Mesh | None, dtype: Any) -> jax.Array:
+    """Rows looked up in a table split by columns over `fsdp`, in `dtype`, brought to the devices of their sequences.
+
+    Said in two steps, since XLA finds the exchange between them, but replicates the whole array where it must go from
+    the table's layout to the batch's in one. Where an axis does not divide a dimension it is left to XLA.
+    """
+    B, _, D = looked_up_BLD.shape
+    if mesh is None or mesh.shape["tensor"] == 1 or mesh.shape["fsdp"] == 1:
+        return looked_up_BLD.astype(dtype)
+    if B % (mesh.shape["data"] * mesh.shape["fsdp"]) or D % mesh.shape["fsdp"]:
+        return looked_up_BLD.astype(dtype)
+    by_columns, by_rows = PartitionSpec("data", None, "fsdp"), PartitionSpec(BATCH)
+    x = jax.lax.with_sharding_constraint(looked_up_BLD, NamedSharding(mesh, by_columns)).astype(dtype)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, by_rows))
+
+
 def check_kernels(config: KernelsConfig, mesh: Mesh) -> None:
     """UserError where a kernel is asked for that the mesh's devices cannot run."""
     platform = mesh.devices.flat[0].platform

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fusejax import sharding
 from fusejax.config import AttentionBackend, Remat
 from fusejax.models import attention, rope
 from fusejax.models.attention import Backend
@@ -157,7 +158,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, ids_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
         c = self.config
-        hidden_BLD = jnp.take(self.embedding[...], ids_BL, axis=0).astype(self.compute_dtype)
+        hidden_BLD = jnp.take(self.embedding[...], ids_BL, axis=0)
+        hidden_BLD = sharding.to_batch_rows(hidden_BLD, self.backend.mesh, self.compute_dtype)
         if c.embedding_scale != 1:
             hidden_BLD *= jnp.asarray(c.embedding_scale, self.compute_dtype)
         if c.embedding_dim:
