@@ -174,6 +174,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     benches = commands.add_parser("bench", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     bench.add_parser(benches, arguments)
     _add_generate(commands)
+    commands.add_parser("lm-eval", add_help=False, help="lm-evaluation-harness, with the model `fusejax` in it")
     return parser
 
 
@@ -252,6 +253,11 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _command(arguments: Sequence[str] | None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments[:1]) == ["lm-eval"]:  # what follows is the harness's to read
+        from fusejax.evaluation import harness
+
+        harness.main(arguments[1:])
+        return
     options = _parser(arguments).parse_args(arguments)
     if options.command == "bench":
         bench.run(options)
