@@ -14,7 +14,7 @@ import pytest
 from fusejax import alignment, config, metrics, sources
 from fusejax.store import Store
 
-STEPS = 40
+STEPS = 150
 RUN = "import sys; from fusejax import cli; cli.main(sys.argv[1:])"
 
 
@@ -62,7 +62,7 @@ def job(make_job, tmp_path):
         batch={"sequences": 8, "steps": STEPS},
         optimizer={"learning_rate": 3e-3},
         loss={"weight_clm": 0.5},
-        checkpoint={"every": 2},
+        checkpoint={"every": 5},
         evaluation={"clm": False},
         mesh={"data": 2, "fsdp": 2, "tensor": 2},
     )
@@ -91,7 +91,7 @@ def test_two_processes_equal_one_and_go_on_after_kill_and_sigterm_on_any_number(
 
     port = free_port()
     running = [start(path, process=i, port=port, output=two) for i in range(2)]
-    wait_for_step(two, 3, running)
+    wait_for_step(two, 6, running)
     running[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     out = running[0].communicate(timeout=100)[0]
