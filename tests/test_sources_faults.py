@@ -47,19 +47,20 @@ def start(tmp_path):
 
 
 def test_killed_twenty_times_equals_undisturbed(make_job, start):
-    whole, cut = (make_job(name, texts=texts(60)) for name in ("whole", "cut"))
-    begun = time.monotonic()
-    process = start(whole, 0.1)
+    whole, cut = (make_job(name, texts=texts(120)) for name in ("whole", "cut"))
+    process = start(whole)
     assert process.wait(timeout=300) == 0, process.stdout.read()
-    seconds = time.monotonic() - begun
-    rng, kills = random.Random(1), 0
-    for _ in range(20):
+    rng = random.Random(1)
+    for kill in range(20):
+        before = len(list(cut.folder.glob("sources/*/*.array_record")))
         process = start(cut, 0.1)
-        time.sleep(rng.uniform(0.4, 1.0) * seconds)
-        kills += process.poll() is None
+        deadline = time.monotonic() + (300 if kill % 4 else 2)  # every fourth one while it starts
+        while len(list(cut.folder.glob("sources/*/*.array_record"))) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.15))
+        assert process.poll() is None
         process.kill()
         process.wait(timeout=60)
-    assert kills >= 10
     process = start(cut)
     assert process.wait(timeout=300) == 0, process.stdout.read()
     for label in ("coarse", "fine"):
