@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusejax import config, export
 from fusejax import models as fuse_models
+from fusejax.errors import UserError
 from fusejax.store import StoreWriter
 from fusejax.tokenizers import Tokenizer
 
@@ -124,3 +125,21 @@ def write_documents(folder, texts, tokenizers):
     for tokenizer in tokenizers:
         encoded = [tokenizer.encode(text) for _, text in pairs]
         write(folder / "tokens" / tokenizer.fingerprint, [{"ids": ids, "boundaries": ends} for ids, ends in encoded])
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """A function: a topology's name → its devices; skips, with the reason, where its compiler is not installed."""
+    from fusejax import aot
+
+    found = {}
+
+    def get(name):
+        if name not in found:
+            try:
+                found[name] = aot.topology(name)
+            except UserError as error:
+                pytest.skip(str(error))
+        return found[name]
+
+    return get
