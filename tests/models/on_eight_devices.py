@@ -1,4 +1,4 @@
-"""Run by test_sharded.py in a process with 8 CPU devices: every family's logits and gradients on meshes.
+"""Run by test_models_on_meshes.py in a process with 8 CPU devices: every family's logits and gradients on meshes.
 
     python on_eight_devices.py CASE ...     prints one line of JSON for each case and mesh
 
