@@ -1,4 +1,4 @@
-"""Run by test_kernels_on_meshes.py in a process of 8 simulated devices: the kernels on every mesh against one device."""
+"""Run by test_kernels_on_meshes.py with 8 simulated devices: the kernels on every kind of mesh against one device."""
 
 import re
 import sys
