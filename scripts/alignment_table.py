@@ -22,7 +22,6 @@ from fusejax.alignment.quality import Quality, measure
 from fusejax.alignment.rows import Tokens, row_mapper
 from fusejax.alignment.tokens import table_columns, token_table
 from fusejax.errors import UserError
-from fusejax.progress import progress
 from fusejax.tokenizers import Tokenizer
 
 CHAINS = ("off", "spans", "on")  # spans: the chain only where the target's token is more than one source token
@@ -84,11 +83,7 @@ class Table:
         )
         yield "|---|---|---|" + "---|" * len(CHAINS) + "---|"
         combinations = [(r, t) for r in rows.METHODS for t in tokens.METHODS]
-        with progress("rows covered", len(combinations)) as bar:
-            covered = {}
-            for combination in combinations:
-                covered[combination] = self._measure(*combination, "off")[1]
-                bar.advance(1)
+        covered = {combination: self._measure(*combination, "off")[1] for combination in combinations}
         common = [np.logical_and.reduce(masks) for masks in zip(*covered.values(), strict=True)]
         total = sum(len(mask) for mask in common)
         for r, t in combinations:

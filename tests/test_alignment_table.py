@@ -44,7 +44,11 @@ def folder(tmp_path):
 
 def test_the_table_is_what_quality_says(script, folder, capsys):
     script.main([str(folder), "--source", str(folder / "byte-level"), "--target", str(folder / "sentencepiece")])
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    title, blank, *table, last_blank, common = capsys.readouterr().out.strip().splitlines()
+    assert (title, blank, last_blank) == ("### byte-level to sentencepiece", "", "")
+    assert {line.count("|") for line in table} == {8}  # a Markdown table and nothing in between
+    assert common.startswith("Common rows: ")
+    lines = [line.split(" | ") for line in table[2:]]
     assert len(lines) == 16
     target, source = (Tokenizer.load(str(folder / name)) for name in ("sentencepiece", "byte-level"))
     texts, rows = script.load(folder, source)
