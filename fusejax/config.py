@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fusejax import arguments
 from fusejax.errors import UserError
 
 # What the models and their callers may be told; see models.decoder.Decoder.
@@ -20,9 +21,9 @@ AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 
 
 class Section(BaseModel):
-    """A frozen group of keys; an unknown key is an error."""
+    """A frozen group of keys; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -89,7 +90,7 @@ class FusionConfig(Section):
     level: Literal["document", "token", "block"] = "document"  # block: all documents of a packed sequence together
     window: int = Field(16, ge=1)  # level token: CE is averaged over so many rows around each
     ce_unit: Literal["byte", "aligned", "token"] = "byte"
-    temperature: float = Field(1.0, gt=0)  # avg_ce: weights are softmax(-CE / temperature)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)  # avg_ce: weights are softmax(-CE / temperature)
     weighting: Literal["softmax", "reference"] = "softmax"  # reference: softmax(exp(-CE)), as the paper's code has it
     weights: tuple[float, ...] | None = None  # kind fixed: one weight for each source
 
@@ -100,7 +101,7 @@ class LossConfig(Section):
     kind: Literal["ce", "kl"] = "ce"
     weight_clm: float = Field(0.9, ge=0, le=1)
     schedule: Literal["constant", "linear"] = "constant"  # linear: weight_clm rises to 1 over the run
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
     tail: Literal["tail", "renormalize"] = "tail"
     z_loss: float = Field(0.0, ge=0)  # z_loss * logsumexp(logits)^2 is added
 
@@ -259,7 +260,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     compat: Literal["fusellm"] | None = None  # reproduce the paper's code, its quirks included; see docs/fusion.md
     output: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="before")
     @classmethod
@@ -332,10 +333,17 @@ class Config(Section):
             raise ValueError(f"fusion.weights: kind 'fixed' needs one weight for each of the {n} sources")
         if fusion.kind != "fixed" and fusion.weights is not None:
             raise ValueError("fusion.weights: only used with fusion.kind 'fixed'")
-        if fusion.weights is not None and (min(fusion.weights) < 0 or sum(fusion.weights) == 0):
-            raise ValueError(f"fusion.weights: should be 0 or more, and not all 0, got {list(fusion.weights)}")
+        if fusion.weights is not None:
+            objection = arguments.weights_objection(fusion.weights)
+            if objection:
+                raise ValueError(f"fusion.weights: {objection}")
         if fusion.temperature != 1 and (fusion.kind != "avg_ce" or fusion.weighting == "reference"):
             raise ValueError("fusion.temperature: only used with fusion.kind 'avg_ce' and fusion.weighting 'softmax'")
+        # Values, not whether a key is given: a dumped configuration gives every key.
+        if fusion.window != FusionConfig.model_fields["window"].default and fusion.level != "token":
+            raise ValueError("fusion.window: only used with fusion.level 'token'")
+        if fusion.weighting == "reference" and fusion.kind != "avg_ce" and not self.compat:
+            raise ValueError("fusion.weighting: only used with fusion.kind 'avg_ce'")
         if self.compat and fusion.kind == "fixed":
             raise ValueError(f"compat: {self.compat!r} knows no fusion.kind 'fixed'; use min_ce or avg_ce")
 

@@ -36,8 +36,9 @@ def test_overrides(path):
     assert (c.target.model, c.target.name, c.output) == ("a/b", "t", "o")
 
 
-def test_dump_round_trips(path):
-    c = config.load(path)
+@pytest.mark.parametrize("overrides", [[], ["compat=fusellm"], ["fusion={level: token, window: 4}"]])
+def test_dump_round_trips(path, overrides):
+    c = config.load(path, overrides)
     assert config.validate(yaml.safe_load(config.dump(c))) == c
 
 
@@ -52,10 +53,22 @@ def test_dump_round_trips(path):
         ("fusion.kind=x", "'min_ce', 'avg_ce' or 'fixed'"),
         ("fusion.weights=[1, 2]", "only used with"),
         ("fusion.kind=fixed", "one weight for each of the 2 sources"),
-        ("fusion={kind: fixed, weights: [1, -1]}", "should be 0 or more"),
-        ("fusion={kind: fixed, weights: [0, 0]}", "not all 0"),
+        ("fusion={kind: fixed, weights: [1, -1]}", "fusion.weights: each should be 0, or between .* got -1"),
+        ("fusion={kind: fixed, weights: [0, 0]}", "should not all be 0"),
         ("fusion.temperature=2", "only used with fusion.kind 'avg_ce'"),
         ("fusion={kind: avg_ce, weighting: reference, temperature: 2}", "weighting 'softmax'"),
+        ("fusion={kind: fixed, weights: [1, .nan]}", r"fusion.weights.1: .*finite number \(got nan\)"),
+        ("fusion={kind: fixed, weights: [1, .inf]}", r"fusion.weights.1: .*finite number"),
+        ("fusion={kind: fixed, weights: [1.e-60, 0]}", "fusion.weights: each should be 0, or between .* got 1e-60"),
+        ("fusion.window=4", "only used with fusion.level 'token'"),
+        ("fusion.weighting=reference", "only used with fusion.kind 'avg_ce'"),
+        ("fusion={kind: avg_ce, temperature: .inf}", "fusion.temperature: .*finite number"),
+        ("fusion={kind: avg_ce, temperature: 1.e-45}", "fusion.temperature: .*greater than or equal to 0.001"),
+        ("loss.z_loss=.inf", "loss.z_loss: .*finite number"),
+        ("loss.temperature=1e-30", "loss.temperature: .*greater than or equal to 0.001"),
+        ("loss.temperature=1e30", "loss.temperature: .*less than or equal to 1000"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate: .*finite number"),
+        ("seed=99999999999999999999", "seed: .*less than 4294967296"),
         ("loss.z_loss=-1", "greater than or equal to 0"),
         ("mesh.data=3", "does not divide over mesh.data x mesh.fsdp = 3; "),
         ("batch.microbatch=3", r"should divide batch.sequences = \d+ and be a multiple of"),

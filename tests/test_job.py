@@ -116,7 +116,7 @@ def test_the_whole_job_and_again(write_config, tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing(write_config, tmp_path, capsys):
-    load_main()([str(write_config()), "--dry-run"])
+    load_main()([str(write_config()), "--dry-run", "seed=1"])
     out = capsys.readouterr().out
     assert "disk needed" in out
     assert not (tmp_path / "job").exists()

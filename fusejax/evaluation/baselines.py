@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fusejax import alignment, distributed, merging, store, tokenizers, training
-from fusejax.config import COMPAT, Config, ModelConfig, validate
+from fusejax.config import COMPAT, Config, FusionConfig, ModelConfig, validate
 from fusejax.deciding import document_ce, joint_ce
 from fusejax.errors import UserError
 from fusejax.progress import say
@@ -58,6 +58,8 @@ def variant(config: Config, name: str) -> Config:
     values: dict[str, Any] = config.model_dump(mode="json")
     values |= {"output": str(folder(config, name)), "compat": None}
     values["evaluation"] |= {"clm": False, "baselines": []}
+    if values["fusion"]["kind"] != "avg_ce" or name == "distill":
+        values["fusion"]["weighting"] = "softmax"  # a job's `compat` may have set it, where it has no effect
     if name == "distill":
         best = best_source(config)
         say(f"baseline distill: from {best.label}, the best source on the training text")
@@ -66,10 +68,10 @@ def variant(config: Config, name: str) -> Config:
     elif name == "exact":
         values["alignment"] |= {"rows": "exact", "tokens": "exact", "gold_chain": False}
     elif name == "avg_ce":
-        values["fusion"] |= {"kind": "avg_ce", "weights": None}
+        values["fusion"] |= {"kind": "avg_ce", "weights": None, "weighting": config.fusion.weighting}
     else:
         values["compat"] = "fusellm"
-        values["fusion"] |= {"kind": "min_ce", "weights": None, "temperature": 1.0}
+        values["fusion"] |= {"kind": "min_ce", "weights": None, "temperature": 1.0, "window": FusionConfig().window}
         for section, keys in COMPAT["fusellm"].items():
             for key in keys:
                 del values[section][key]

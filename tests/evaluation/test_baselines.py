@@ -130,3 +130,13 @@ def test_variants_change_what_they_stand_for_alone(compat, name):
     assert found.compat == ("fusellm" if name == "fusellm" else None)
     assert (found.alignment.rows == "exact") == (name == "exact")
     assert (found.fusion.kind == "avg_ce") == (name == "avg_ce")
+
+
+@pytest.mark.parametrize("fusion", [{"level": "token", "window": 4}, {"kind": "avg_ce", "weighting": "reference"}])
+@pytest.mark.parametrize("name", ["exact", "avg_ce", "fusellm"])
+def test_variants_of_any_fusion_are_valid(fusion, name):
+    job = config.validate({
+        "target": "a", "sources": ["a", "b"], "corpus": {"path": "x"}, "output": "o", "fusion": fusion,
+        "evaluation": {"baselines": [name]},
+    })  # fmt: skip
+    assert baselines.variant(job, name).fusion.window == (16 if name == "fusellm" else job.fusion.window)
