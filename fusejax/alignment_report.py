@@ -48,10 +48,21 @@ def section(report: dict[str, Any]) -> str:
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
             "<p>Shares are of the target's rows. CE: cross-entropy of the mapped distribution, scaled to 1, on the "
             "true next token, over the aligned rows, where a miss costs a finite sum; beside it the source's own, of "
-            "all its tokens. Mass, collisions, CE and rows left empty are measured on a sample of the documents.</p>",
+            f"all its tokens. {html.escape(_counted(report))}</p>",
             *(_tokens(name, values["top_tokens"]) for name, values in report["alignment"].items()),
         ]
     )
+
+
+def _counted(report: dict[str, Any]) -> str:
+    """On how many documents the numbers are based."""
+    parts = []
+    for name, values in report["alignment"].items():
+        documents = values["documents"]
+        there = f" of {documents['there']}" if "there" in documents else ""
+        unread = "" if documents["measured"] else " (without its rows: none is counted as left empty)"
+        parts.append(f"{name} {documents['counted']}{there}{unread}")
+    return f"Documents that the numbers are based on: {', '.join(parts)}."
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -44,8 +44,8 @@ def file_fingerprint(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
-    """Write a whole file or nothing; a full disk or a read-only folder is a UserError."""
+def write_atomically(path: str | os.PathLike, data: str | bytes, remedy: str = "") -> None:
+    """Write a whole file or nothing; a full disk or a read-only folder is a UserError (remedy: `writing_failed`'s)."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -54,7 +54,7 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         _remove(temporary)
-        raise writing_failed(path, error) from None
+        raise writing_failed(path, error, remedy) from None
 
 
 def _remove(path: Path) -> None:
@@ -63,10 +63,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def writing_failed(path: str | os.PathLike, error: Exception) -> UserError:
+def writing_failed(path: str | os.PathLike, error: Exception, remedy: str = "") -> UserError:
     """What went wrong with writing `path`, and what would be right.
 
-    error: an OSError, or what a library made of one; of its text only the system's own words are kept.
+    error: an OSError, or what a library made of one; of its text only the system's own words are kept. remedy: what
+    would be right where that is neither space nor another `output`.
     """
     number = getattr(error, "errno", None)
     text = str(error)
@@ -76,7 +77,7 @@ def writing_failed(path: str | os.PathLike, error: Exception) -> UserError:
         errno.ENOSPC: "free some space and run the same command again",
         errno.EDQUOT: "free some of your quota and run the same command again",
     }
-    advised = advice.get(number, "choose another `output`, or make it writable")
+    advised = advice.get(number, remedy or "choose another `output`, or make it writable")
     reason = os.strerror(number) if number else text.strip().partition("\n")[0][:200]
     return UserError(f"{path}: cannot be written ({reason}): {advised}")
 

@@ -28,6 +28,8 @@ Sample = Iterable[tuple[Tokens, Tokens]] | None
 DAMAGED = (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error)
 """What `unpack` raises for bytes that are not those of a whole table."""
 
+_warned_of: set[Path] = set()
+
 
 def folder() -> Path:
     """Where token tables are kept."""
@@ -62,9 +64,11 @@ def cached(path: Path, make: Callable[[], TokenTable]) -> TokenTable:
     except DAMAGED:
         table = make()
     try:
-        write_atomically(path, pack(table))
+        write_atomically(path, pack(table), "let XDG_CACHE_HOME name a folder that can be written, or make this one so")
     except UserError as error:  # the job itself does not need the cache
-        warn(f"the token table is not kept: {error}")
+        if path.parent not in _warned_of:
+            _warned_of.add(path.parent)
+            warn(f"token tables are not kept between jobs: {error}")
     return table
 
 

@@ -21,6 +21,8 @@ TOP_TOKENS = 20
 class Quality:
     """(sum, count) pairs over documents; `report` makes the means."""
 
+    documents: int = 0
+    measured: int = 0  # of the documents, those whose source rows were seen
     rows: int = 0
     kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     causes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
@@ -35,19 +37,33 @@ class Quality:
 
     def add_rows(self, kinds: np.ndarray, causes: np.ndarray) -> None:
         """kinds: int[len(KINDS)], causes: int[len(CAUSES)]: how many rows of a document have each."""
+        self.documents += 1
         for name, count in zip(KINDS, kinds.tolist(), strict=True):
             self.kinds[name] += count
             self.rows += count
         for name, count in zip(CAUSES, causes.tolist(), strict=True):
             self.causes[name] += count
 
+    def add_measured(self, kinds_T: np.ndarray, causes: np.ndarray, empty_N: np.ndarray) -> None:
+        """`add_rows` of a document of which `measure` found the rows empty_N empty: they fall back.
+
+        kinds_T: int[T], each row's index in KINDS by the row map alone.
+        """
+        self.measured += 1
+        kinds_T, causes = kinds_T.copy(), causes.copy()
+        newly = int((kinds_T[empty_N] != KINDS.index("fallback")).sum())
+        kinds_T[empty_N] = KINDS.index("fallback")
+        causes[CAUSES.index("nothing left")] += newly
+        self.add_rows(np.bincount(kinds_T, minlength=len(KINDS)), causes)
+
     def report(self) -> dict[str, Any]:
-        """{rows, aligned, share, kinds and fallback_causes (shares of rows), and what was measured}; see `quality`.
+        """{documents, rows, aligned, share, kinds, fallback_causes, and what was measured}: see `quality`.
 
         What needs the source's rows is None where there were none.
         """
         aligned = self.rows - self.kinds["fallback"]
         return {
+            "documents": {"counted": self.documents, "measured": self.measured},
             "rows": self.rows,
             "aligned": aligned,
             "share": aligned / self.rows if self.rows else 0.0,
@@ -86,6 +102,7 @@ def quality(
 
     source_rows: for each text the source's rows, one per token of it: ids int[n, k], logprobs float[n, k] (natural
     logarithms of its true probabilities) and ce float[n]. Returns a dict:
+      documents: {counted: of how many documents these rows are, measured: of how many the source's rows were seen};
       rows, aligned, share: target rows, those with a source row that says something, and their share;
       kinds: share of the rows by how they were found; fallback_causes: share of the rows by why they were not (see
         `fusejax.alignment.causes`);
@@ -114,10 +131,8 @@ def quality(
         kinds_T = row_kinds(target, source, row_map_T2)
         gold_T = chain(target.boundaries, row_map_T2, source.ids, source.boundaries, values) if chain else None
         empty_T = measure(total, target, source, row_map_T2, table, values, target_tok.vocab_size, gold_T)
-        kinds_T[empty_T] = KINDS.index("fallback")
         causes = fallback_causes(data, target, source, target_tok, source_tok, row_map_T2, rows)
-        causes[CAUSES.index("nothing left")] = len(empty_T)
-        total.add_rows(np.bincount(kinds_T, minlength=len(KINDS)), causes)
+        total.add_measured(kinds_T, causes, empty_T)
     return total.report() | {"top_tokens": top_tokens(total, table, target_tok, source_tok)}
 
 

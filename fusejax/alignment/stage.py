@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _TABLE = "token_map.npz"
 _REPORT = "report.json"
 _COUNTED = 4096  # about how many documents the token map `stats` counts in, evenly over the corpus
-_SAMPLE = 256  # about how many documents have their mapped distributions measured, evenly over the corpus
+_SAMPLE = 256  # about how many documents the report is of where there is a cache to read, evenly over the corpus
+_REPORT_FORMAT = 2
 
 
 def run(config: Config) -> None:
@@ -48,8 +49,13 @@ def run(config: Config) -> None:
         made |= pair.make_chains()
         made |= pair.make_report()
         report = read_report(config.folder, source.label)
-        done = f"{report['share']:.1%} of {report['rows']} rows aligned" if made else "done before, skipped"
-        say(f"align {source.label}: {done}")
+        say(f"align {source.label}: {_said(report) if made else 'done before, skipped'}")
+
+
+def _said(report: dict[str, Any]) -> str:
+    counted, there = report["documents"]["counted"], report["documents"]["there"]
+    sample = "" if counted == there else f" (in {counted} of {there} documents)"
+    return f"{report['share']:.1%} of {report['rows']} rows aligned{sample}"
 
 
 def read_report(folder: Path, label: str) -> dict[str, Any]:
@@ -128,7 +134,9 @@ class Pair:
 
     def _make(self, what: str, folder: Path, inputs: Inputs, kind: "type[_Shards]", table: bool = False) -> bool:
         writer = StoreWriter(folder, inputs, len(self._documents))
-        if writer.done and (not table or (folder / _TABLE).exists()):
+        done = writer.done and (not table or _is_whole(folder / _TABLE))
+        hosts.wait_for_all(f"align {self._label}{what}: read")  # by all, before one of them changes it
+        if done:
             return False
         if table and hosts.index_and_count()[0] == 0:
             self._write_table()  # first, so that a complete store always has one beside it
@@ -145,6 +153,7 @@ class Pair:
         """The report beside the row maps, where what it is made from has changed; whether there was anything to do."""
         cached = self._cache()
         made_from = {
+            "format": _REPORT_FORMAT,
             "row_maps": fingerprint(Store(self._folder).inputs),
             "cache": None if cached is None else fingerprint(cached.inputs),
             "gold_chain": self._config.alignment.gold_chain,
@@ -187,22 +196,40 @@ class Pair:
         return Tokens(target["ids"], target["boundaries"]), Tokens(source["ids"], source["boundaries"])
 
     def _report(self, cached: SourceCache | None) -> dict[str, Any]:
-        """Rows of all documents; what needs the source's rows is measured on a sample, where its cache is there."""
+        """The report of all documents by their row maps alone or, where the source's cache is there, of a sample.
+
+        Which rows are left empty shows in the cache only, so all numbers are then those of the sample.
+        """
         total, table = Quality(), cache.unpack((self._folder / _TABLE).read_bytes())
         chains = Chains(self._config, self._label) if cached and self._config.alignment.gold_chain else None
-        every = -(-len(self._documents) // _SAMPLE)
-        with progress(f"align {self._label}: report", len(self._documents)) as bar:
-            for i, record in enumerate(Store(self._folder)):
+        every = 1 if cached is None else -(-len(self._documents) // _SAMPLE)
+        sample, row_maps = range(0, len(self._documents), every), Store(self._folder)
+        with progress(f"align {self._label}: report", len(sample)) as bar:
+            for i in sample:
                 bar.advance()
-                total.add_rows(record["kinds"], record["causes"])
-                if cached is None or i % every:
+                record = row_maps[i]
+                if cached is None:
+                    total.add_rows(record["kinds"], record["causes"])
                     continue
-                values, row_map_T2 = cached[i], record["row_map"]
-                if not len(values["ce"]):  # the source gave no numbers there
-                    continue
-                gold_T = None if chains is None else unpack_chain(chains[i], row_map_T2, values["ce"])
-                measure(total, *self._tokens(i), row_map_T2, table, values, self._target.vocab_size, gold_T)
-        return total.report() | {"top_tokens": top_tokens(total, table, self._target, self._source)}
+                values, row_map_T2, (target, source) = cached[i], record["row_map"], self._tokens(i)
+                if len(values["ce"]):
+                    gold_T = None if chains is None else unpack_chain(chains[i], row_map_T2, values["ce"])
+                    empty_N = measure(total, target, source, row_map_T2, table, values, self._target.vocab_size, gold_T)
+                else:  # the source gave no numbers there
+                    empty_N = np.arange(len(row_map_T2))
+                total.add_measured(row_kinds(target, source, row_map_T2), record["causes"], empty_N)
+        report = total.report()
+        report["documents"]["there"] = len(self._documents)
+        return report | {"top_tokens": top_tokens(total, table, self._target, self._source)}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a token table that can be read."""
+    try:
+        cache.unpack(path.read_bytes())
+    except cache.DAMAGED:
+        return False
+    return True
 
 
 def _made_from(path: Path) -> Any:

@@ -57,8 +57,8 @@ def make_job(tmp_path):
     return make
 
 
-def write_cache(job, label, name, made="up"):
-    """A made-up cache of a source, as the stage `sources` leaves it."""
+def write_cache(job, label, name, made="up", nothing_every=0):
+    """A made-up cache of a source, as the stage `sources` leaves it; every nth row may have no token that exists."""
     tok, rng = tokenizer(name), np.random.default_rng(SEED)
     tokens = Store(job.folder / "data/train/tokens" / tok.fingerprint)
     writer = StoreWriter(job.folder / "sources" / label, {"made": made}, len(tokens), len(tokens))
@@ -67,6 +67,8 @@ def write_cache(job, label, name, made="up"):
         n = len(record["ids"])
         ids = np.stack([rng.choice(tok.vocab_size, TOP_K, replace=False) for _ in range(n)])
         ids[: n - 1, 1] = record["ids"][1:]
+        if nothing_every:
+            ids[::nothing_every] = np.iinfo(np.uint16).max
         logprobs = np.log(np.sort(rng.dirichlet(np.ones(TOP_K + 1), n)[:, :TOP_K])[:, ::-1])
         rows.append({"ids": ids.astype(np.uint16), "logprobs": logprobs.astype(np.float16),
                      "ce": -logprobs[:, 1].astype(np.float32)})  # fmt: skip
@@ -112,16 +114,51 @@ def test_the_papers_methods(make_job, rows, tokens):
 
 def test_summary_measures_the_sources_rows(make_job):
     job = make_job()
-    rows = write_cache(job, "other", "byte-level")
+    rows = write_cache(job, "other", "byte-level", nothing_every=3)
     alignment.run(job)
     texts = [record["text"] for record in Store(job.folder / "data/train/documents")]
     expected = quality(rows, texts, tokenizer("sentencepiece"), tokenizer("byte-level"))
     report = read_report(job.folder, "other")
     for key in ("mass_kept", "mapped_ce", "mapped_ce_per_byte", "source_ce_per_byte", "empty"):
         assert report[key] == pytest.approx(expected[key])
-    assert report["collisions"] == pytest.approx(expected["collisions"])
+    for key in ("collisions", "kinds", "fallback_causes"):
+        assert report[key] == pytest.approx(expected[key])
+    assert report["fallback_causes"]["nothing left"] > 0
+    assert (report["rows"], report["aligned"]) == (expected["rows"], expected["aligned"])
+    assert report["documents"] == expected["documents"] | {"there": len(texts)}
     assert [row["token"] for row in report["top_tokens"]] == [row["token"] for row in expected["top_tokens"]]
     assert 0 < report["mass_kept"] < 1
+
+
+def test_a_sample_is_said_and_all_numbers_are_those_of_it(make_job, monkeypatch, capfd):
+    job = make_job()
+    rows = write_cache(job, "other", "byte-level", nothing_every=3)
+    monkeypatch.setattr(alignment.stage, "_SAMPLE", 2)
+    alignment.run(job)
+    texts = [record["text"] for record in Store(job.folder / "data/train/documents")]
+    expected = quality(rows[::2], texts[::2], tokenizer("sentencepiece"), tokenizer("byte-level"))
+    report = read_report(job.folder, "other")
+    assert report["documents"] == {"counted": 2, "measured": 2, "there": 3}
+    assert report["kinds"] == pytest.approx(expected["kinds"])
+    assert report["empty"] == pytest.approx(expected["empty"])
+    assert f"{report['share']:.1%} of {report['rows']} rows aligned (in 2 of 3 documents)" in capfd.readouterr().out
+    itself = read_report(job.folder, "itself")
+    assert itself["documents"] == {"counted": 3, "measured": 0, "there": 3}
+
+
+def test_rows_of_a_document_without_numbers_fall_back(make_job):
+    job = make_job()
+    alignment.run(job)
+    before = read_report(job.folder, "other")
+    rows = write_cache(job, "other", "byte-level")
+    shutil.rmtree(job.folder / "sources/other")
+    writer = StoreWriter(job.folder / "sources/other", {"made": "up"}, len(rows), len(rows))
+    writer.write(0, [{key: values[:0] for key, values in record.items()} for record in rows])
+    writer.finish({})
+    alignment.run(job)
+    report = read_report(job.folder, "other")
+    assert (report["rows"], report["aligned"], report["kinds"]["fallback"]) == (before["rows"], 0, 1)
+    assert report["fallback_causes"]["nothing left"] == pytest.approx(before["share"])
 
 
 def test_the_report_follows_the_gold_chain_and_the_cache(make_job):
@@ -256,7 +293,10 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(make_job, tmp_path, monke
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     alignment.run(make_job())
-    assert "the token table is not kept" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said.count("token tables are not kept") == 1  # though there are two sources
+    assert "XDG_CACHE_HOME" in said
+    assert "output" not in said
 
 
 def test_again_does_nothing_and_says_so(make_job, capfd):
@@ -318,3 +358,21 @@ def test_a_missing_or_damaged_token_map(make_job):
     (folder / "token_map.npz").write_bytes(b"PK\x03\x04 damaged")
     with pytest.raises(UserError, match=r"token_map.npz: cannot be read"):
         load_token_table(folder)
+
+
+@pytest.mark.parametrize("report", [True, False])
+@pytest.mark.parametrize("damage", ["other bytes", "flipped", "missing"])
+def test_a_damaged_token_map_is_made_again(make_job, damage, report):
+    job = make_job()
+    alignment.run(job)
+    path = job.folder / "alignment/other/token_map.npz"
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    damaged = {"other bytes": b"damaged", "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}
+    path.write_bytes(damaged.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    if not report:
+        path.with_name("report.json").unlink()
+    alignment.run(job)
+    assert path.read_bytes() == whole
