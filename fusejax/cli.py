@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fusejax import __version__, bench, config
 from fusejax.errors import Resumable, UserError
@@ -41,6 +42,9 @@ def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
+            stream.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupted)
     try:
@@ -84,7 +88,18 @@ def _interrupted(*_: object) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in the form of all others."""
+    """argparse, with its complaints in the form of all others, and with overrides before, between and after options."""
+
+    _intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixing or not any(action.dest == "overrides" for action in self._actions):
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True  # argparse's own way comes back here for each of its two passes
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -94,7 +109,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """The two arguments that every job takes."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration, for example configs/quickstart.yaml")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="override a key, for example batch.sequences=16"
+        "overrides", metavar="key=value", nargs="*", default=[], help="override a key, for example batch.sequences=16"
     )
 
 
@@ -102,7 +117,11 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """`evaluate` takes a job's configuration, or models and --corpus."""
     parser.add_argument("config", metavar="CONFIG.yaml|MODEL", help="a job's configuration; or, with --corpus, a model")
     parser.add_argument(
-        "overrides", metavar="key=value|MODEL", nargs="*", help="override a key; or, with --corpus, more models"
+        "overrides",
+        metavar="key=value|MODEL",
+        nargs="*",
+        default=[],
+        help="override a key; or, with --corpus, more models",
     )
     text = parser.add_argument_group("models without a job", "bits per byte of Hugging Face folders or hub names")
     text.add_argument("--corpus", metavar="PATH", help="text of any length: a file, a folder, tfds:, huggingface:")
@@ -124,7 +143,9 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 def add_report(parser: argparse.ArgumentParser) -> None:
     """`report` takes a job's configuration, or output folders of finished jobs."""
     parser.add_argument("config", metavar="CONFIG.yaml|RUN", help="a job's configuration; or a finished job's folder")
-    parser.add_argument("overrides", metavar="key=value|RUN", nargs="*", help="override a key; or more folders")
+    parser.add_argument(
+        "overrides", metavar="key=value|RUN", nargs="*", default=[], help="override a key; or more folders"
+    )
     runs = parser.add_argument_group("a table over finished jobs", "jobs that differ in their seed alone share a row")
     runs.add_argument("--csv", metavar="FILE", help="write it as CSV")
     runs.add_argument("--markdown", metavar="FILE", help="write it as Markdown")
@@ -184,19 +205,27 @@ def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
         "inspect",
         help=help_text,
         description=help_text[0].upper() + help_text[1:] + ".",
-        usage="%(prog)s STORE [--record N] [--row R] [--verify]\n"
+        usage="%(prog)s STORE [--record N] [--row R] | [--verify]\n"
         "       %(prog)s alignment CONFIG.yaml [key=value ...] [--document ID|N] [--source NAME]\n"
-        "       %(prog)s alignment --text TEXT --target MODEL --source MODEL",
+        "       %(prog)s alignment --text TEXT --target MODEL --source MODEL [alignment.rows=R] [alignment.tokens=T]",
     )
     parser.add_argument("path", metavar="STORE", help="for example runs/quickstart/sources/NAME; or: alignment")
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="alignment: the job whose document is shown")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="alignment: keys of the configuration")
-    parser.add_argument("--record", type=int, default=0, metavar="N", help="the record to show (default 0)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="alignment: keys of the configuration; with --text alignment.rows and alignment.tokens",
+    )
+    parser.add_argument("--record", type=int, metavar="N", help="the record to show (default 0)")
     parser.add_argument("--row", type=int, metavar="R", help="the row of a source's cache (default: the middle one)")
     parser.add_argument("--verify", action="store_true", help="read everything: checksums, counts, order, mass")
-    parser.add_argument("--document", default="0", metavar="ID|N", help="alignment: the document (default 0)")
+    parser.add_argument("--document", metavar="ID|N", help="alignment: the document (default 0)")
     parser.add_argument(
-        "--source", metavar="NAME", help="alignment: the source (default: the first), or with --text a model"
+        "--source",
+        metavar="NAME",
+        help="alignment: the source (default: the first that is not the target), or with --text a model",
     )
     parser.add_argument("--text", help="alignment: show this text in the tokenizers of --target and --source")
     parser.add_argument("--target", metavar="MODEL", help="alignment, with --text: a model's folder or hub name")
@@ -209,20 +238,49 @@ def _inspect(options: argparse.Namespace) -> None:
         if options.config is not None or options.text is not None:
             raise UserError(f"inspect {options.path}: takes one store; `inspect alignment` takes a configuration")
         if options.verify:
+            _refuse(options, "STORE --verify", "record", "row", "document", "source", "target")
             verification.verify(options.path)
         else:
-            inspection.show(options.path, options.record, options.row)
+            _refuse(options, "STORE", "document", "source", "target")
+            inspection.show(options.path, options.record or 0, options.row)
         return
     from fusejax.alignment import inspection as alignments
 
     if options.text is not None:
-        if options.config is not None or not (options.target and options.source):
+        _refuse(options, "alignment --text", "record", "row", "verify", "document")
+        overrides = [options.config, *options.overrides] if options.config is not None else []
+        if not (options.target and options.source) or any("=" not in override for override in overrides):
             raise UserError("inspect alignment --text: needs --target MODEL and --source MODEL, and no configuration")
-        alignments.show_text(options.text, options.target, options.source)
+        try:
+            options.text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"--text: is not text in UTF-8 (from its character {error.start} on)") from None
+        methods = _methods(overrides)
+        alignments.show_text(options.text, options.target, options.source, methods.rows, methods.tokens)
     elif options.config is None:
         raise UserError("inspect alignment: needs a CONFIG.yaml, or --text TEXT --target MODEL --source MODEL")
     else:
-        alignments.show_document(config.load(options.config, options.overrides), options.document, options.source)
+        _refuse(options, "alignment CONFIG.yaml", "record", "row", "verify", "target")
+        job = config.load(options.config, options.overrides)
+        alignments.show_document(job, options.document or "0", options.source)
+
+
+def _refuse(options: argparse.Namespace, form: str, *names: str) -> None:
+    """UserError where an option is given that this form of `inspect` has no use for."""
+    given = [f"--{name}" for name in names if not (getattr(options, name) is None or getattr(options, name) is False)]
+    if given:
+        raise UserError(f"inspect {form}: has no use for {', '.join(given)} (see fusejax inspect --help)")
+
+
+def _methods(overrides: list[str]) -> config.AlignmentConfig:
+    """`alignment.rows=...` and `alignment.tokens=...`, without a configuration."""
+    values = {}
+    for override in overrides:
+        key, _, method = override.partition("=")
+        if key not in ("alignment.rows", "alignment.tokens"):
+            raise UserError(f"{override!r}: with --text only alignment.rows and alignment.tokens can be set")
+        values[key.removeprefix("alignment.")] = method
+    return config.check(values, config.AlignmentConfig, "alignment")
 
 
 def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -129,7 +129,7 @@ def check_inputs(folder: Path, made_from: Inputs, wanted: Inputs, remedy: str = 
     if differing:
         details = ", ".join(f"{key} ({made_from.get(key)} there, {wanted.get(key)} now)" for key in differing)
         remedy = remedy or "remove that folder to make it anew, or choose another `output`"
-        raise UserError(f"{folder}: was made with another {details}; {remedy}")
+        raise UserError(f"{folder}: was made with other settings: {details}; {remedy}")
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -235,9 +235,9 @@ class Store:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
-            raise UserError(f"{self.folder}: no store here; run the stage that makes it first")
+            raise UserError(f"{self.folder}: no store here; run {_maker(self.folder)} first")
         if not manifest["complete"]:
-            raise UserError(f"{self.folder}: is not finished; run the stage that makes it again")
+            raise UserError(f"{self.folder}: is not finished; run {_maker(self.folder)} again")
         self.inputs: dict[str, Any] = manifest["inputs"]
         self.summary: dict[str, Any] = manifest["summary"]
         self._n, self._shard_records = manifest["n_records"], manifest["shard_records"]
@@ -261,7 +261,7 @@ class Store:
         except (ValueError, IndexError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"{_shard_path(self.folder, shard)}: record {i} is damaged ({error}); "
-                "remove this file and run the stage again"
+                f"remove this file and run {_maker(self.folder)} again"
             ) from None
 
     def __iter__(self) -> Any:
@@ -273,9 +273,16 @@ class Store:
 
             path = _shard_path(self.folder, shard)
             if not path.exists():
-                raise UserError(f"{path}: is missing; remove {self.folder} and run the stage again")
+                raise UserError(f"{path}: is missing; remove {self.folder} and run {_maker(self.folder)} again")
             self._readers[shard] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
         return self._readers[shard]
+
+
+def _maker(folder: Path) -> str:
+    """The command that makes the store in a folder of a job's output, by where the folder lies."""
+    stages = {"data": "prepare", "sources": "sources", "alignment": "align"}
+    stage = next((stages[part] for part in reversed(folder.parts[:-1]) if part in stages), None)
+    return f"the stage that makes it (`fusejax {stage} CONFIG.yaml`)" if stage else "the stage that makes it"
 
 
 def _shard_path(folder: Path, shard: int) -> Path:

@@ -188,7 +188,7 @@ def test_an_error_in_the_background_reaches_the_caller(make_ready):
 
 def test_what_was_made_from_something_else_is_named(make_ready, make_job):
     make_ready()
-    with pytest.raises(UserError, match=r"sources/coarse: was made with another top_k \(5 there, 3 now\)"):
+    with pytest.raises(UserError, match=r"sources/coarse: was made with other settings: top_k \(5 there, 3 now\)"):
         Batches(make_job(cache={"top_k": 3}))
     job = make_job()
     shutil.rmtree(job.folder / "data")

@@ -402,10 +402,12 @@ def test_another_source_only_adds_its_tokens(make_job, tmp_path):
 
 def test_another_text_or_length_is_refused_and_named(make_job, tmp_path):
     prepare(make_job())
-    with pytest.raises(UserError, match="made with another max_length"):
+    with pytest.raises(UserError, match="made with other settings: max_length"):
         prepare(make_job(max_length=64))
     write_jsonl(tmp_path / "train.jsonl", [{"text": "something else"}])
-    with pytest.raises(UserError, match=r"data/train/documents: was made with another text .* remove .*data/train"):
+    with pytest.raises(
+        UserError, match=r"data/train/documents: was made with other settings: text .* remove .*data/train"
+    ):
         prepare(make_job())
 
 

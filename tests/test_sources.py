@@ -121,11 +121,11 @@ def test_a_damaged_shard_that_was_removed_is_made_again(make_job, small_shards):
 
 def test_another_text_or_setting_is_named(make_job):
     sources.run(make_job())
-    with pytest.raises(UserError, match="was made with another top_k"):
+    with pytest.raises(UserError, match="was made with other settings: top_k"):
         sources.run(make_job(cache={"top_k": 4}))
     job = make_job()
     shutil.rmtree(job.folder / "data")
-    with pytest.raises(UserError, match="was made with another text"):
+    with pytest.raises(UserError, match="was made with other settings: text"):
         sources.run(make_job(texts={"prose": TEXTS["prose"][:3]}))
 
 

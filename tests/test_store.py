@@ -50,8 +50,25 @@ def test_goes_on_at_the_missing_shard(tmp_path):
 
 def test_other_inputs_are_named(tmp_path):
     write(tmp_path / "s", inputs={"corpus": "a", "model": "m"}).finish({})
-    with pytest.raises(UserError, match=r"another model \(m there, n now\)"):
+    with pytest.raises(UserError, match=r"other settings: model \(m there, n now\)"):
         store.StoreWriter(tmp_path / "s", {"corpus": "a", "model": "n"}, 7)
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("runs/sources/data/train/documents", "fusejax prepare CONFIG.yaml"),
+        ("job/data/heldout/tokens/0123", "fusejax prepare CONFIG.yaml"),
+        ("job/sources/fine", "fusejax sources CONFIG.yaml"),
+        ("job/alignment/fine/chain", "fusejax align CONFIG.yaml"),
+    ],
+)
+def test_what_is_missing_names_the_command_that_makes_it(tmp_path, folder, command):
+    with pytest.raises(UserError, match=f"no store here; .*`{command}`"):
+        store.Store(tmp_path / folder)
+    write(tmp_path / folder, shards={0})
+    with pytest.raises(UserError, match=f"not finished; .*`{command}`"):
+        store.Store(tmp_path / folder)
 
 
 @pytest.mark.parametrize("position", [0.3, 0.5, 0.7])

@@ -43,15 +43,17 @@ class Line:
 
 
 def show_text(text: str, target: str, source: str, rows: str = "inside", tokens: str = "prefix") -> None:
-    """Print a text in the tokenizers of two folders (or hub names)."""
+    """Print a text in the tokenizers of two folders (or hub names); `stats` counts in the text itself."""
     target_tok, source_tok = Tokenizer.load(target), Tokenizer.load(source)
-    table = cache.token_table(target_tok, source_tok, tokens, table_columns(source_tok, rows))
+    sample = [(Tokens.of(target_tok, text), Tokens.of(source_tok, text))] if tokens == "stats" else None
+    table = cache.token_table(target_tok, source_tok, tokens, table_columns(source_tok, rows), sample)
     _print(lines(text, target_tok, source_tok, table, rows), target, source)
 
 
 def show_document(config: Config, document: str, source: str | None) -> None:
-    """Print a document of a job (its number or its id) in the target's and a source's tokens (default: the first one).
+    """Print a document of a job (its number or its id) in the target's and a source's tokens.
 
+    source: its name; default: the first that is not the target itself, whose rows are its own.
     With the source's cache the most likely tokens of each row are shown, else the true next one.
     """
     model = _source(config, source)
@@ -78,7 +80,9 @@ def _source(config: Config, name: str | None) -> ModelConfig:
         raise UserError("sources: the configuration has none, so there is nothing to align")
     if name is not None and name not in labels:
         raise UserError(f"--source {name}: no such source; there is {', '.join(labels)}")
-    return config.sources[labels.index(name) if name else 0]
+    if name is not None:
+        return config.sources[labels.index(name)]
+    return next((source for source in config.sources if source.model != config.target.model), config.sources[0])
 
 
 def _number(documents: Store, wanted: str) -> int:

@@ -1,6 +1,9 @@
 """`fusejax inspect alignment`."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -81,6 +84,51 @@ def test_a_text_in_two_folders(folders, capsys):
     assert "inside a" in shown
 
 
+def test_a_text_by_another_method(folders, capsys):
+    pair = ["--target", folders["target"], "--source", folders["source"]]
+    shown = {}
+    for rows in ("inside", "boundary"):
+        for tokens in ("prefix", "exact", "stats"):
+            overrides = [f"alignment.rows={rows}", f"alignment.tokens={tokens}"]
+            cli.main(["inspect", "alignment", overrides[0], "--text", TEXT, *pair, overrides[1]])
+            shown[rows, tokens] = capsys.readouterr().out
+    assert "inside a" in shown["inside", "prefix"]
+    assert "inside a" not in shown["boundary", "prefix"]
+    assert len(set(shown.values())) >= 4
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_the_characters(folders, encoding):
+    command = [sys.executable, "-m", "fusejax.cli", "inspect", "alignment", "--text", TEXT]
+    done = subprocess.run(
+        [*command, "--target", folders["target"], "--source", folders["source"]],
+        capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"rows aligned" in done.stdout
+    assert b"| ?cat" in done.stdout
+
+
+def test_the_source_is_the_first_that_is_not_the_target(job, capsys):
+    path, made = job
+    sources = f"sources=[{{model: {made.target.model}, name: itself}}, {made.sources[0].model}]"
+    command = ["inspect", "alignment", str(path), sources, "--document", "3"]
+    cli.main(command)
+    assert "inside a" in capsys.readouterr().out
+    cli.main([*command, "--source", "itself"])
+    assert "inside a" not in capsys.readouterr().out
+
+
+def test_overrides_after_options(job, capsys):
+    path = str(job[0])
+    cli.main(["inspect", "alignment", path, "alignment.rows=mined", "--document", "3", "--source", "other"])
+    before = capsys.readouterr().out
+    cli.main(["inspect", "alignment", path, "--document", "3", "--source", "other", "alignment.rows=mined"])
+    assert capsys.readouterr().out == before
+    cli.main(["inspect", "alignment", "--document", "3", path, "--source", "other", "alignment.rows=mined"])
+    assert capsys.readouterr().out == before
+
+
 def test_a_document_of_a_job(job, capsys):
     path, made = job
     documents = Store(made.folder / "data/train/documents")
@@ -113,6 +161,14 @@ def test_a_document_of_a_job(job, capsys):
         (["alignment", "{job}", "--document", "4"], "a number below 4"),
         (["alignment", "{job}", "--source", "none"], "no such source; there is other"),
         (["some/store", "{job}"], "takes one store"),
+        (["alignment", "{job}", "--target", "x", "--verify"], "has no use for --verify, --target"),
+        (["alignment", "--text", "x", "--target", "y", "--source", "z", "--document", "3"], "no use for --document"),
+        (["alignment", "--text", "x", "--target", "y", "--source", "z", "{job}"], "and no configuration"),
+        (["alignment", "--text", "x", "--target", "y", "--source", "z", "seed=1"], "only alignment.rows and"),
+        (["alignment", "--text", "x", "--target", "y", "--source", "z", "alignment.rows=x"], "alignment: rows: Input"),
+        (["alignment", "--text", "a\udcff", "--target", "y", "--source", "z"], "error: --text: is not text in UTF-8"),
+        (["some/store", "--document", "3"], "has no use for --document"),
+        (["some/store", "--verify", "--row", "0"], "has no use for --row"),
     ],
 )
 def test_mistakes(job, arguments, message, capsys):

@@ -342,10 +342,10 @@ def test_goes_on_after_an_interruption(make_job, monkeypatch, at):
 
 def test_another_method_or_tokenizer_is_refused_and_named(make_job, tmp_path):
     alignment.run(make_job())
-    with pytest.raises(UserError, match="made with another rows"):
+    with pytest.raises(UserError, match="made with other settings: rows"):
         alignment.run(make_job(alignment={"rows": "exact"}))
     other = {"model": str(tmp_path / "byte-level NFC"), "name": "other"}
-    with pytest.raises(UserError, match="made with another source_tokenizer"):
+    with pytest.raises(UserError, match="made with other settings: source_tokenizer"):
         alignment.run(make_job(sources=[other]))
 
 
