@@ -17,6 +17,7 @@ from flax import nnx
 
 from fusejax import store
 from fusejax.config import AttentionBackend, Remat
+from fusejax.errors import UserError
 from fusejax.models import families, files, loading
 from fusejax.models.config import DecoderConfig
 from fusejax.models.decoder import Decoder, fill
@@ -57,6 +58,9 @@ def load(
     `Decoder`. With a mesh every parameter goes straight to its shards. Raises UserError for what is missing, unknown or
     not supported, naming the file and the key or tensor.
     """
+    for name, value in (("dtype", dtype), ("compute_dtype", compute_dtype)):
+        if not _is_float(value):
+            raise UserError(f"{name}: {value!r} should be float32 or bfloat16")
     folder = local_folder(path_or_repo, revision)
     values, config = read_config(folder)
     family = families.find(values, str(folder / "config.json"))
@@ -110,6 +114,13 @@ def fingerprint(path_or_repo: str | Path, revision: str | None = None) -> str:
     folder = local_folder(path_or_repo, revision)
     _, config = read_config(folder)
     return store.fingerprint([vars(config), files.weights_fingerprint(folder)])
+
+
+def _is_float(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
 
 
 def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> nnx.State:

@@ -106,7 +106,9 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a model folder holds config.json and model.safetensors") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: should hold a JSON object")
@@ -131,8 +133,11 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map from tensors to files")
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    names = set(map(str, weight_map.values()))
+    files = [index.parent / name for name in sorted(names)]
     for file in files:
+        if file.parent != index.parent:
+            raise UserError(f"{index}: names {file}, which should be a file of its own folder")
         if not file.is_file():
             raise UserError(f"{index}: names {file.name}, which is not there")
     return files

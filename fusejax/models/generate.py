@@ -74,14 +74,17 @@ def keep(logits_BV: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: 
 
 
 def _choose(model: Decoder, hidden_BH: jax.Array, n: jax.Array, choice: _Choice | None, rows: int) -> jax.Array:
-    """The next token of each row, int32 [B], its n-th; choice None: the most probable."""
+    """The next token of each row, int32 [B], its n-th; −1 where the logits are no numbers. choice None: the most
+    probable."""
     logits_BV = model.logits(hidden_BH)[:, :rows]
     if choice is None:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    sorted_BV, ids_BV = keep(logits_BV, choice.temperature, choice.top_k, choice.top_p)
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(choice.keys, n)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, sorted_BV)
-    return jnp.take_along_axis(ids_BV, drawn_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        chosen_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        sorted_BV, ids_BV = keep(logits_BV, choice.temperature, choice.top_k, choice.top_p)
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(choice.keys, n)
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, sorted_BV)
+        chosen_B = jnp.take_along_axis(ids_BV, drawn_B[:, None], axis=-1)[:, 0]
+    return jnp.where(jnp.isnan(logits_BV).any(-1), -1, chosen_B).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -105,6 +108,9 @@ def _next(
     return _choose(model, hidden_B1H[:, -1], n, choice, rows), cache
 
 
+_MOST_TOKENS = 1 << 20
+
+
 def _bucket(n: int) -> int:
     """A length of at least n, one of few: at most a quarter longer from 32 on."""
     step = max(8, 1 << max(n.bit_length() - 3, 0))
@@ -121,8 +127,8 @@ def tokens(
     """The tokens that follow each prompt, one for every prompt at a time: int32 [B], `max_tokens` times.
 
     prompts: token ids, at least one each. vocab_size: only ids below it are chosen (a padded embedding has more rows).
-    A token is computed while the one before it is looked at. Raises UserError for an empty prompt and where a model's
-    table of positions ends before the last token.
+    A token is computed while the one before it is looked at. Raises UserError for an empty prompt, where a model's
+    table of positions ends before the last token, and where its values are not numbers.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens: {max_tokens} should be a whole number above 0")
@@ -135,6 +141,8 @@ def tokens(
             f"max_tokens: a prompt of {max(lengths)} tokens and {max_tokens} more are beyond the model's {limit} "
             "positions"
         )
+    if max_tokens > _MOST_TOKENS:
+        raise UserError(f"max_tokens: {max_tokens} is more than {_MOST_TOKENS}, for which no cache is made at once")
     longest = _bucket(max(lengths))
     ids_BP = np.zeros((len(prompts), longest), np.int32)
     segments_BP = np.zeros_like(ids_BP)
@@ -151,9 +159,16 @@ def tokens(
     now, cache = _start(graphdef, rows, _bucket(longest + max_tokens), params, ids_BP, segments_BP, choice)
     for n in range(1, max_tokens):
         later, cache = _next(graphdef, rows, params, now, cache, jnp.int32(n), choice)
-        yield np.asarray(now)
+        yield _numbers(now)
         now = later
-    yield np.asarray(now)
+    yield _numbers(now)
+
+
+def _numbers(tokens_B: jax.Array) -> np.ndarray:
+    tokens = np.asarray(tokens_B)
+    if (tokens < 0).any():
+        raise UserError("the model gives values that are not numbers; its weights are damaged, or need float32")
+    return tokens
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -43,9 +43,16 @@ class Keys:
 
     def number(self, key: str, default: float) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{self.where}: {key}: {value!r} should be a number")
         return float(value)
+
+    def positive(self, key: str, default: float) -> float:
+        """A number above 0."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise UserError(f"{self.where}: {key}: {value!r} should be a number above 0")
+        return value
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of so many numbers."""
@@ -110,10 +117,14 @@ class Keys:
         for key, value in section.values.items():
             if isinstance(value, dict):
                 section.refuse(key, value, "one set of rope parameters for all layers")
-        theta = section.number("rope_theta", self.number(theta_key, theta))
+        theta = section.positive("rope_theta", self.positive(theta_key, theta))
         fraction = section.number("partial_rotary_factor", self.number(fraction_key, fraction))
         dim = int(head_dim * fraction)
         if dim % 2 or not 0 < dim <= head_dim:
+            if fraction == 1:
+                raise UserError(
+                    f"{self.where}: its heads have {head_dim} features each; rotary positions need an even number"
+                )
             self.refuse(fraction_key, fraction, f"an even number of each head's {head_dim} features")
         original = self.get("original_max_position_embeddings", section.get("original_max_position_embeddings"))
         scaling = _rope_scaling(section, dim, max_length, original)
@@ -142,7 +153,7 @@ def _rope_scaling(keys: Keys, rotary_dim: int, max_length: int, original: Any) -
         raise UserError(f"{keys.where}: original_max_position_embeddings: {length!r} should be a whole number above 0")
     if kind not in ("yarn", "longrope") and keys.get("factor") is None:
         raise UserError(f"{keys.where}: the key factor is missing")
-    factor = keys.number("factor", max_length / length)
+    factor = keys.positive("factor", max_length / length)
     values: dict[str, Any] = {"kind": kind, "factor": factor, "original_length": length}
     if kind == "llama3":
         for key in ("low_freq_factor", "high_freq_factor"):

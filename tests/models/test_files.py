@@ -5,6 +5,7 @@ import pytest
 
 from fusejax import export, models
 from fusejax.errors import UserError
+from fusejax.models import files
 
 TINY = models.DecoderConfig(
     vocab_size=8, d_model=4, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, d_mlp=4, max_length=8, rotary_dim=4
@@ -90,3 +91,20 @@ def test_fingerprint_of_large_files_samples_them(tmp_path, monkeypatch):
     data[2 << 20] = 1
     path.write_bytes(data)
     assert first != files.weights_fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [({"a": 5, "b": "x"}, "names 5, which is not there"), ({"a": "../m.safetensors"}, "a file of its own folder")],
+)
+def test_a_damaged_index(tmp_path, names, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UserError, match=message):
+        files.tensors(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["int8", "foo", None.__class__, 3])
+def test_dtypes_that_are_none(tiny_models, wrong):
+    with pytest.raises(UserError, match="should be float32 or bfloat16"):
+        models.load(tiny_models["coarse"], dtype=wrong)

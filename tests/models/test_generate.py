@@ -16,7 +16,7 @@ import fusejax
 from fusejax import models
 from fusejax.errors import UserError
 from fusejax.models import generate
-from fusejax.models.generate import Sampling
+from fusejax.models.generate import Generator, Sampling
 from fusejax.models.texts import TextStream
 from fusejax.tokenizers import Tokenizer
 
@@ -264,3 +264,15 @@ def test_command(tiny_models, capsys):
         cli.main(["generate", tiny_models["fine"], "The cat", "--top-p", "2"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: top_p: 2.0 should be above 0 and at most 1\n"
+
+
+def test_values_that_are_no_numbers_are_said(tiny_models):
+    generator = Generator.load(tiny_models["coarse"])
+    generator.model.embedding[...] = generator.model.embedding[...] * np.nan
+    with pytest.raises(UserError, match="gives values that are not numbers"):
+        generator(["the cat"], max_tokens=3)
+
+
+def test_more_tokens_than_any_cache_holds(tiny_models):
+    with pytest.raises(UserError, match="max_tokens: 100000000 is more than"):
+        Generator.load(tiny_models["coarse"])(["the cat"], max_tokens=100_000_000)

@@ -33,6 +33,8 @@ FAMILIES = (
 def find(hf_config: dict[str, Any], where: str) -> Family:
     """The family of a config.json, by its `architectures`, or by its `model_type` where it has none."""
     architectures = hf_config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: architectures: {architectures!r} should be a list of names")
     model_type = hf_config.get("model_type")
     for family in FAMILIES:
         if architectures and architectures[0] in (family.architecture, *family.aliases):

@@ -33,7 +33,7 @@ BLOOM = Family(
         Key("n_layer", "n_layers", default=2),
         Key("n_head", "n_heads", default=8),
         Key("seq_length", "max_length", default=2048),  # no end to its positions; transformers reads no such key
-        Key("layer_norm_epsilon", "norm_eps", "number", 1e-5),
+        Key("layer_norm_epsilon", "norm_eps", "positive", 1e-5),
         Key("apply_residual_connection_post_layernorm", "residual_after_norm", "flag", False),
         Key("tie_word_embeddings", "tied", "flag", True),
         Key("initializer_range", "initializer_std", "number", 0.02),

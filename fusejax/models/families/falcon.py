@@ -86,7 +86,7 @@ FALCON = Family(
         Key("max_position_embeddings", "max_length", default=2048),
         Key("activation", "activation", "activation", "gelu"),
         Key("bias", ("qkv_bias", "out_bias", "mlp_bias"), "flag", False),
-        Key("layer_norm_epsilon", "norm_eps", "number", 1e-5),
+        Key("layer_norm_epsilon", "norm_eps", "positive", 1e-5),
         Key("tie_word_embeddings", "tied", "flag", True),
         Key("initializer_range", "initializer_std", "number", 0.02),
     ),

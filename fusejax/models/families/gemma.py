@@ -23,7 +23,7 @@ def _keys(vocab_size: int, max_length: int, activation: str) -> tuple[Key, ...]:
         Key("intermediate_size", "d_mlp"),
         Key(activation, "activation", "activation", "gelu_pytorch_tanh"),
         Key("max_position_embeddings", "max_length", default=max_length),
-        Key("rms_norm_eps", "norm_eps", "number", 1e-6),
+        Key("rms_norm_eps", "norm_eps", "positive", 1e-6),
         Key("attention_bias", ("qkv_bias", "out_bias"), "flag", False),
         Key("tie_word_embeddings", "tied", "flag", True),
         Key("initializer_range", "initializer_std", "number", 0.02),
@@ -67,7 +67,7 @@ def _tensors(c: DecoderConfig) -> Iterator[Tensor]:
 
 
 def _scale(keys: Keys) -> Values:
-    return {"attention_scale": keys.number("query_pre_attn_scalar", 256) ** -0.5}
+    return {"attention_scale": keys.positive("query_pre_attn_scalar", 256) ** -0.5}
 
 
 def _write(c: DecoderConfig) -> dict[str, Any]:
@@ -103,12 +103,12 @@ GEMMA2 = Family(
 def _derive_gemma3(keys: Keys, values: Values) -> Values:
     pattern = keys.size("sliding_window_pattern", 6)
     rest = windows(keys, values, lambda i: (i + 1) % pattern != 0)
-    window_theta = keys.number("rope_local_base_freq", 10000.0)
+    window_theta = keys.positive("rope_local_base_freq", 10000.0)
     nested = keys.inside("rope_parameters")
     if set(nested.values) & {"full_attention", "sliding_attention"}:
         local = nested.inside("sliding_attention")
         local.only("rope_type", "default")
-        window_theta = local.number("rope_theta", window_theta)
+        window_theta = local.positive("rope_theta", window_theta)
         keys = keys.replaced(rope_parameters=nested.get("full_attention"))
     rope = rotary(keys, values, theta=1e6)
     has_window = rest.get("window", values["window"]) is not None

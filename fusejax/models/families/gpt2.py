@@ -45,7 +45,7 @@ GPT2 = Family(
         Key("n_inner", "d_mlp", default=lambda v: 4 * v["d_model"]),
         Key("n_positions", "max_length", default=1024),
         Key("activation_function", "activation", "activation", "gelu_new"),
-        Key("layer_norm_epsilon", "norm_eps", "number", 1e-5),
+        Key("layer_norm_epsilon", "norm_eps", "positive", 1e-5),
         Key("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer", "flag", False),
         Key("tie_word_embeddings", "tied", "flag", True),
         Key("initializer_range", "initializer_std", "number", 0.02),

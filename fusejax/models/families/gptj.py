@@ -40,7 +40,7 @@ GPTJ = Family(
         Key("n_positions", "max_length", default=2048),
         Key("rotary_dim", "rotary_dim", default=64),
         Key("activation_function", "activation", "activation", "gelu_new"),
-        Key("layer_norm_epsilon", "norm_eps", "number", 1e-5),
+        Key("layer_norm_epsilon", "norm_eps", "positive", 1e-5),
         Key("tie_word_embeddings", "tied", "flag", False),
         Key("initializer_range", "initializer_std", "number", 0.02),
     ),

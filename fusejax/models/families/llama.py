@@ -17,7 +17,7 @@ COMMON = (
     Key("num_attention_heads", "n_heads"),
     Key("intermediate_size", "d_mlp"),
     Key("hidden_act", "activation", "activation", "silu"),
-    Key("rms_norm_eps", "norm_eps", "number", 1e-6),
+    Key("rms_norm_eps", "norm_eps", "positive", 1e-6),
     Key("initializer_range", "initializer_std", "number", 0.02),
 )
 ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -128,7 +128,7 @@ MIXTRAL = Family(
     (
         Key("vocab_size", "vocab_size", default=32000),
         *(key for key in COMMON if key.name != "rms_norm_eps"),
-        Key("rms_norm_eps", "norm_eps", "number", 1e-5),
+        Key("rms_norm_eps", "norm_eps", "positive", 1e-5),
         Key("num_key_value_heads", "n_kv_heads", default=8),
         Key("max_position_embeddings", "max_length", default=4096 * 32),
         Key("sliding_window", "window", "optional", None),

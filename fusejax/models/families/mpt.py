@@ -84,7 +84,7 @@ MPT = Family(
         Key("n_layers", "n_layers", default=24),
         Key("n_heads", "n_heads", default=16),
         Key("max_seq_len", "max_length", default=2048),
-        Key("layer_norm_epsilon", "norm_eps", "number", 1e-5),
+        Key("layer_norm_epsilon", "norm_eps", "positive", 1e-5),
         Key("initializer_range", "initializer_std", "number", 0.02),
     ),
     _tensors,

@@ -42,7 +42,7 @@ NEOX = Family(
         Key("intermediate_size", "d_mlp"),
         Key("max_position_embeddings", "max_length", default=2048),
         Key("hidden_act", "activation", "activation", "gelu"),
-        Key("layer_norm_eps", "norm_eps", "number", 1e-5),
+        Key("layer_norm_eps", "norm_eps", "positive", 1e-5),
         Key("attention_bias", ("qkv_bias", "out_bias"), "flag", True),
         Key("use_parallel_residual", "parallel_residual", "flag", True),
         Key("tie_word_embeddings", "tied", "flag", False),

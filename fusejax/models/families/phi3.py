@@ -54,7 +54,7 @@ PHI3 = Family(
         Key("intermediate_size", "d_mlp", default=8192),
         Key("max_position_embeddings", "max_length", default=4096),
         Key("hidden_act", "activation", "activation", "silu"),
-        Key("rms_norm_eps", "norm_eps", "number", 1e-5),
+        Key("rms_norm_eps", "norm_eps", "positive", 1e-5),
         Key("sliding_window", "window", "optional", None),
         Key("tie_word_embeddings", "tied", "flag", False),
         Key("initializer_range", "initializer_std", "number", 0.02),

@@ -54,7 +54,7 @@ STABLELM = Family(
         Key("intermediate_size", "d_mlp", default=6912),
         Key("max_position_embeddings", "max_length", default=4096),
         Key("hidden_act", "activation", "activation", "silu"),
-        Key("layer_norm_eps", "norm_eps", "number", 1e-5),
+        Key("layer_norm_eps", "norm_eps", "positive", 1e-5),
         Key("use_qkv_bias", "qkv_bias", "flag", False),
         Key("tie_word_embeddings", "tied", "flag", False),
         Key("initializer_range", "initializer_std", "number", 0.02),

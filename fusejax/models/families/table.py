@@ -20,7 +20,7 @@ class Key:
 
     name: str
     fields: str | tuple[str, ...]
-    kind: Literal["size", "number", "flag", "activation", "optional"] = "size"
+    kind: Literal["size", "number", "positive", "flag", "activation", "optional"] = "size"
     default: Any = None
 
     def read(self, keys: Keys, values: Values) -> Any:
