@@ -30,9 +30,10 @@ COLUMNS = {
     "collisions.mass": "mass in them",
     "mapped_ce": "CE (nats per token)",
     "mapped_ce_per_byte": "CE (nats per byte)",
-    "source_ce_per_byte": "source's own",
+    "source_top_ce_per_byte": "the same, unmapped",
+    "source_ce_per_byte": "source's whole CE",
 }
-_NATS = ("mapped_ce", "mapped_ce_per_byte", "source_ce_per_byte")
+_NATS = ("mapped_ce", "mapped_ce_per_byte", "source_top_ce_per_byte", "source_ce_per_byte")
 
 
 def section(report: dict[str, Any]) -> str:
@@ -47,8 +48,10 @@ def section(report: dict[str, Any]) -> str:
             picture(report),
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
             "<p>Shares are of the target's rows. CE: cross-entropy of the mapped distribution, scaled to 1, on the "
-            "true next token, over the aligned rows, where a miss costs a finite sum; beside it the source's own, of "
-            f"all its tokens. {html.escape(_counted(report))}</p>",
+            'true next token, over the aligned rows, where a miss costs a finite sum; "unmapped": the same '
+            "rows of the source, treated alike, on its own next tokens, so that the difference is the map's. The "
+            "source's whole CE: of its whole distributions, on all its tokens (nats per byte).</p>",
+            f"<p>{html.escape(_counted(report))}</p>",
             *(_tokens(name, values["top_tokens"]) for name, values in report["alignment"].items()),
         ]
     )
@@ -101,7 +104,7 @@ def _code(token: str | None) -> str:
 
 
 def picture(report: dict[str, Any]) -> str:
-    """SVG: rows by kind, fallback by cause, CE per byte beside the source's own, and the rows that each source won."""
+    """SVG: rows by kind, fallback by cause, CE per byte beside that before the map, and rows won by each source."""
     names = list(report["alignment"])
     values = list(report["alignment"].values())
     won = report["training"].get("fused", {}).get("rows_won", {})
@@ -112,11 +115,13 @@ def picture(report: dict[str, Any]) -> str:
     axes[0, 1].set_title("fallback by cause (% of the target's rows)", fontsize=10)
     at = range(len(names))
     for offset, key, label, color in (
-        (-0.2, "source_ce_per_byte", "source's own", _OWN),
+        (-0.2, "source_top_ce_per_byte", "the same rows, unmapped", _OWN),
         (0.2, "mapped_ce_per_byte", "mapped to the target", _MAPPED),
     ):
-        axes[1, 0].barh([i + offset for i in at], [each[key] or 0 for each in values], 0.36, color=color, label=label)
-    axes[1, 0].set_title("CE of the true text (nats per byte)", fontsize=10)
+        axes[1, 0].barh(
+            [i + offset for i in at], [each.get(key) or 0 for each in values], 0.36, color=color, label=label
+        )
+    axes[1, 0].set_title("CE of the true text, top k scaled to 1 (nats per byte)", fontsize=10)
     axes[1, 1].barh(names, [100 * won.get(name, 0.0) for name in names], 0.6, color=plots.COLORS["fused"])
     axes[1, 1].set_title("rows won (%)", fontsize=10)
     axes[0, 0].invert_yaxis()

@@ -37,6 +37,7 @@ def test_every_number_is_in_the_table(report):
     assert first["rows aligned"] == f"{100 * measured['share']:.1f}%"
     assert first["rows with collisions"] == f"{100 * measured['collisions']['rows']:.1f}%"
     assert first["CE (nats per byte)"] == f"{measured['mapped_ce_per_byte']:.3f}"
+    assert first["the same, unmapped"] == f"{measured['source_top_ce_per_byte']:.3f}"
     assert first["rows won"] == ""
     second = dict(zip(header, rows[1], strict=True))
     assert second["CE (nats per byte)"] == ""
@@ -50,6 +51,7 @@ def test_the_section_is_escaped_and_the_same_each_time(report):
     assert "<angle>" not in page
     assert page.count("<svg") == 1
     assert page.count("<details>") == 1
-    for kind in ("same token", "inside a token", "mapped to the target"):
+    assert f"more {len(TEXTS)}, no cache {len(TEXTS)}." in page
+    for kind in ("same token", "inside a token", "mapped to the target", "the same rows, unmapped"):
         assert kind in page
     assert alignment_report.section({"alignment": {}, "training": {}}) == ""

@@ -33,6 +33,7 @@ class Quality:
     mapped_ce: tuple[float, int] = (0.0, 0)
     mapped_ce_bytes: tuple[float, int] = (0.0, 0)
     source_ce_bytes: tuple[float, int] = (0.0, 0)
+    source_top_ce_bytes: tuple[float, int] = (0.0, 0)
     token_mass: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64[V_source], over `kept` rows
 
     def add_rows(self, kinds: np.ndarray, causes: np.ndarray) -> None:
@@ -74,6 +75,7 @@ class Quality:
             "collisions": {"rows": _mean(self.collision_rows), "mass": _mean(self.collision_mass)},
             "mapped_ce": _mean(self.mapped_ce),
             "mapped_ce_per_byte": _mean(self.mapped_ce_bytes),
+            "source_top_ce_per_byte": _mean(self.source_top_ce_bytes),
             "source_ce_per_byte": _mean(self.source_ce_bytes),
         }
 
@@ -112,8 +114,12 @@ def quality(
         tokens that meet a likelier one}, over the same rows as mass_kept;
       mapped_ce: mean cross-entropy (nats) of the mapped distribution, scaled to 1, on the true next target token, over
         the aligned rows that have one; a probability p counts as 0.98 p + 0.02/V, so that a miss costs a finite sum;
-      mapped_ce_per_byte: the same over the bytes of these tokens; source_ce_per_byte: the source's own cross-entropy
-        of the texts over their bytes, its first token left out;
+      mapped_ce_per_byte: the same over the bytes of these tokens;
+      source_top_ce_per_byte: what to compare that with: the same rows of the source, each once, treated alike (their
+        top k scaled to 1, with the gold chain where it is on) but not mapped, on the source's own next tokens, over the
+        bytes of these. Equal to mapped_ce_per_byte for equal tokenizers;
+      source_ce_per_byte: cross-entropy of the source's whole distributions, over the bytes of the texts, its first
+        token of each left out;
       top_tokens: the source tokens whose image stands for other bytes, those with the most mass first:
         [{token, image (None: dropped), mass: mean probability given to it in a row}].
     """
@@ -176,11 +182,31 @@ def measure(
     total.mapped_ce = _plus(total.mapped_ce, ce_N.sum(), len(ce_N))
     spans_N = target.boundaries[t_N + 1] - target.boundaries[t_N]
     total.mapped_ce_bytes = _plus(total.mapped_ce_bytes, ce_N.sum(), spans_N[usable_N].sum())
+    _add_source_rows(total, source, np.unique(row_N[usable_N]), source_rows, len(table.ids), gold_T is not None)
     total.empty = _plus(total.empty, (~usable_N).sum(), len(usable_N))
     whole_N = consumed_N == 0
     _add_whole_rows(total, ids_NK[whole_N], images_NK[whole_N], given_NK[whole_N], len(table.ids))
     total.kept = _plus(total.kept, np.minimum(kept_N[whole_N & usable_N], 1.0).sum(), (whole_N & usable_N).sum())
     return t_N[~usable_N]
+
+
+def _add_source_rows(
+    total: Quality,
+    source: Tokens,
+    row_N: np.ndarray,
+    source_rows: Mapping[str, np.ndarray],
+    vocab_size: int,
+    gold_chain: bool,
+) -> None:
+    """Cross-entropy of the source's rows `row_N` before any map, treated as mapped rows are."""
+    ids_NK, label_N = np.asarray(source_rows["ids"])[row_N].astype(np.int64), source.ids[row_N + 1]
+    given_NK = np.exp(np.asarray(source_rows["logprobs"])[row_N].astype(np.float64))
+    given_NK[(ids_NK < 0) | (ids_NK >= vocab_size)] = 0.0
+    gold_R = -np.asarray(source_rows["ce"]) if gold_chain else None
+    share_N = _share_of_label(ids_NK, given_NK, label_N, label_N, gold_R, row_N)
+    nats_N = -np.log(0.98 * share_N + 0.02 / vocab_size)
+    spans_N = source.boundaries[row_N + 1] - source.boundaries[row_N]
+    total.source_top_ce_bytes = _plus(total.source_top_ce_bytes, nats_N.sum(), spans_N.sum())
 
 
 def _share_of_label(

@@ -29,7 +29,7 @@ _TABLE = "token_map.npz"
 _REPORT = "report.json"
 _COUNTED = 4096  # about how many documents the token map `stats` counts in, evenly over the corpus
 _SAMPLE = 256  # about how many documents the report is of where there is a cache to read, evenly over the corpus
-_REPORT_FORMAT = 2
+_REPORT_FORMAT = 3
 
 
 def run(config: Config) -> None:

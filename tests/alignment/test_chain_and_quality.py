@@ -151,8 +151,32 @@ def test_equal_tokenizers_keep_the_sources_own_cross_entropy():
     assert report["share"] == 1
     assert report["kinds"]["same token"] == 1
     assert report["mass_kept"] == pytest.approx(float(np.exp(rows["logprobs"][:-1]).sum(-1).mean()), rel=1e-5)
+    for gold_chain in (False, True):
+        own = quality([rows, rows], [TEXTS[1], TEXTS[1]], tok, tok, gold_chain=gold_chain)
+        assert own["source_top_ce_per_byte"] == pytest.approx(own["mapped_ce_per_byte"], rel=1e-12)
     better = quality([rows, rows], [TEXTS[1], TEXTS[1]], tok, tok, gold_chain=True)
     assert better["mapped_ce"] <= quality(rows, TEXTS[1], tok, tok, gold_chain=False)["mapped_ce"]
+
+
+@pytest.mark.parametrize("gold_chain", [False, True])
+def test_the_unmapped_cross_entropy_is_that_of_the_covered_rows_row_by_row(gold_chain):
+    target_tok, source_tok = tokenizer("sentencepiece"), tokenizer("byte-level coarse")
+    target, source = Tokens.of(target_tok, TEXTS[0]), Tokens.of(source_tok, TEXTS[0])
+    rows = made_up_rows(source_tok, source.ids)
+    rows["ids"][::4] = np.iinfo(np.uint16).max  # of these nothing is left
+    report = quality(rows, TEXTS[0], target_tok, source_tok, gold_chain=gold_chain)
+    row_map_T2 = map_rows(TEXTS[0].encode(), target, source, source_tok)
+    covered = {r for r in row_map_T2[:-1, 0].tolist() if 0 <= r < len(source.ids) - 1 and r % 4}
+    nats = size = 0.0
+    for r in covered:
+        probs = dict(zip(rows["ids"][r].tolist(), np.exp(rows["logprobs"][r].astype(float)).tolist(), strict=True))
+        label = int(source.ids[r + 1])
+        if gold_chain:
+            probs[label] = np.exp(-float(rows["ce"][r]))
+        nats -= np.log(0.98 * probs.get(label, 0) / sum(probs.values()) + 0.02 / source_tok.vocab_size)
+        size += source.boundaries[r + 1] - source.boundaries[r]
+    assert covered
+    assert report["source_top_ce_per_byte"] == pytest.approx(nats / size, rel=1e-5)
 
 
 def _shared():

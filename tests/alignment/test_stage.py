@@ -119,7 +119,14 @@ def test_summary_measures_the_sources_rows(make_job):
     texts = [record["text"] for record in Store(job.folder / "data/train/documents")]
     expected = quality(rows, texts, tokenizer("sentencepiece"), tokenizer("byte-level"))
     report = read_report(job.folder, "other")
-    for key in ("mass_kept", "mapped_ce", "mapped_ce_per_byte", "source_ce_per_byte", "empty"):
+    for key in (
+        "mass_kept",
+        "mapped_ce",
+        "mapped_ce_per_byte",
+        "source_top_ce_per_byte",
+        "source_ce_per_byte",
+        "empty",
+    ):
         assert report[key] == pytest.approx(expected[key])
     for key in ("collisions", "kinds", "fallback_causes"):
         assert report[key] == pytest.approx(expected[key])
