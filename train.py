@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action=argparse.BooleanOptionalAction,
         help="go on from the latest checkpoint (default), or train anew",
     )
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     resume = [] if options.resume is None else [f"checkpoint.resume={str(options.resume).lower()}"]
     job = config.load(options.config, [*options.overrides, *resume])
 

@@ -149,6 +149,7 @@ def test_each_stage_by_itself(write_config, tmp_path, capsys):
         (["nothing"], "invalid choice"),
         (["inspect", "/nonexistent"], "no store here"),
         (["plan", "missing.yaml"], "no such configuration"),
+        (["import", "somewhere", "--source", "x", "missing.yaml", "seed=1"], "missing.yaml: no such configuration"),
         (["plan", "missing.yaml", "--frob", "a=b"], "unrecognized arguments: --frob"),
     ],
 )
