@@ -69,13 +69,15 @@ def _counted(report: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, a row for each source)."""
+    """(header, a row for each source); rows won only after a training that counted them."""
     won = report["training"].get("fused", {}).get("rows_won", {})
     rows = []
     for name, values in report["alignment"].items():
         flat = values | {f"collisions.{key}": value for key, value in values["collisions"].items()}
-        rows.append([name, *(_cell(key, flat[key]) for key in COLUMNS), _cell("won", won.get(name))])
-    return ["source", *COLUMNS.values(), "rows won"], rows
+        rows.append(
+            [name, *(_cell(key, flat[key]) for key in COLUMNS), *([_cell("won", won.get(name))] if won else [])]
+        )
+    return ["source", *COLUMNS.values(), *(["rows won"] if won else [])], rows
 
 
 def _cell(key: str, value: float | None) -> str:
@@ -122,8 +124,11 @@ def picture(report: dict[str, Any]) -> str:
             [i + offset for i in at], [each.get(key) or 0 for each in values], 0.36, color=color, label=label
         )
     axes[1, 0].set_title("CE of the true text, top k scaled to 1 (nats per byte)", fontsize=10)
-    axes[1, 1].barh(names, [100 * won.get(name, 0.0) for name in names], 0.6, color=plots.COLORS["fused"])
-    axes[1, 1].set_title("rows won (%)", fontsize=10)
+    if won:
+        axes[1, 1].barh(names, [100 * won.get(name, 0.0) for name in names], 0.6, color=plots.COLORS["fused"])
+        axes[1, 1].set_title("rows won (%)", fontsize=10)
+    else:
+        axes[1, 1].set_visible(False)
     axes[0, 0].invert_yaxis()
     for each in axes.flat:
         each.grid(axis="y", visible=False)

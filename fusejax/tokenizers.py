@@ -4,6 +4,7 @@ The *boundary* of a token is the byte offset in the text's UTF-8 where the token
 """
 
 import json
+import os
 import weakref
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -70,9 +71,14 @@ class Tokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokenizer":
-        """`tokenizer` itself, or a transformers tokenizer with its own treatment of special tokens in text."""
+        """`tokenizer` itself, a folder's or hub name's, or a transformers one's with its way with specials in text."""
         if isinstance(tokenizer, cls):
             return tokenizer
+        if isinstance(tokenizer, str | os.PathLike):
+            return cls.load(os.fspath(tokenizer))
+        if not callable(getattr(tokenizer, "encode", None)):
+            kind = type(tokenizer).__name__
+            raise TypeError(f"a tokenizer should be of fusejax or transformers, a folder or a hub name, not {kind}")
         known = _wrapped.get(tokenizer)
         if known is None or known[0] != len(tokenizer):
             split = bool(getattr(tokenizer, "split_special_tokens", False))
@@ -110,6 +116,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """`encode` of each text; the texts are spread over the machine's cores."""
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"{self.name}: a text should be a str, not {type(text).__name__}")
         try:
             utf8 = [text.encode("utf-8") for text in texts]
         except UnicodeEncodeError:

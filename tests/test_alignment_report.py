@@ -44,6 +44,16 @@ def test_every_number_is_in_the_table(report):
     assert second["rows won"] == "25.0%"
 
 
+def test_rows_won_only_after_training(report):
+    untrained = {"alignment": report["alignment"], "training": {}}
+    assert "rows won" in alignment_report.section(report)
+    page = alignment_report.section(untrained)
+    assert "rows won" not in page
+    assert "mapped to the target" in page
+    header, rows = alignment_report.table(untrained)
+    assert [len(row) for row in rows] == [len(header)] * 2
+
+
 def test_the_section_is_escaped_and_the_same_each_time(report):
     page = alignment_report.section(report)
     assert page == alignment_report.section(report)

@@ -10,6 +10,7 @@ from fusejax.alignment.causes import CAUSES, fallback_causes
 from fusejax.alignment.chain import GoldChain
 from fusejax.alignment.rows import Tokens, row_mapper
 from fusejax.alignment.tokens import TokenTable, table_columns, token_table
+from fusejax.errors import UserError
 from fusejax.tokenizers import Tokenizer
 
 KINDS = ("same token", "same end", "inside a token", "fallback")
@@ -103,7 +104,8 @@ def quality(
     """The alignment report of one document or of several.
 
     source_rows: for each text the source's rows, one per token of it: ids int[n, k], logprobs float[n, k] (natural
-    logarithms of its true probabilities) and ce float[n]. Returns a dict:
+    logarithms of its true probabilities) and ce float[n]. Raises UserError, naming the document, where they are not.
+    Returns a dict:
       documents: {counted: of how many documents these rows are, measured: of how many the source's rows were seen};
       rows, aligned, share: target rows, those with a source row that says something, and their share;
       kinds: share of the rows by how they were found; fallback_causes: share of the rows by why they were not (see
@@ -127,6 +129,7 @@ def quality(
     texts = [text] if isinstance(text, str) else list(text)
     documents = [source_rows] if isinstance(source_rows, Mapping) else list(source_rows)
     tokenized = [(Tokens.of(target_tok, one), Tokens.of(source_tok, one)) for one in texts]
+    _check_rows(documents, [source for _, source in tokenized], source_tok)
     table = token_table(target_tok, source_tok, tokens, table_columns(source_tok, rows), tokenized)
     map_rows = row_mapper(target_tok, source_tok, rows)
     chain = GoldChain(source_tok) if gold_chain else None
@@ -140,6 +143,29 @@ def quality(
         causes = fallback_causes(data, target, source, target_tok, source_tok, row_map_T2, rows)
         total.add_measured(kinds_T, causes, empty_T)
     return total.report() | {"top_tokens": top_tokens(total, table, target_tok, source_tok)}
+
+
+def _check_rows(documents: list[Mapping[str, np.ndarray]], tokens: list[Tokens], source_tok: Tokenizer) -> None:
+    """UserError unless there are rows for each document, one for each of its tokens, of the source's vocabulary."""
+    if len(documents) != len(tokens):
+        raise UserError(f"source_rows: rows of {len(documents)} documents, but there are {len(tokens)} texts")
+    for i, (values, source) in enumerate(zip(documents, tokens, strict=True)):
+        missing = [name for name in ("ids", "logprobs", "ce") if name not in values]
+        if missing:
+            raise UserError(f"source_rows, document {i}: has no `{missing[0]}`; needed are ids, logprobs and ce")
+        ids, logprobs, ce = (np.asarray(values[name]) for name in ("ids", "logprobs", "ce"))
+        n = len(source.ids)
+        if ids.ndim != 2 or len(ids) != n or logprobs.shape != ids.shape or ce.shape != (n,):
+            raise UserError(
+                f"source_rows, document {i}: shapes ids {ids.shape}, logprobs {logprobs.shape}, ce {ce.shape} should "
+                f"be ({n}, k), ({n}, k), ({n},): a row for each of the {n} tokens that {source_tok.name} gives"
+            )
+        wrong = ids[((ids < 0) | (ids >= source_tok.vocab_size)) & (logprobs > -np.inf)]
+        if not np.issubdtype(ids.dtype, np.integer) or len(wrong):
+            found = f"id {wrong[0]}" if len(wrong) else f"ids of {ids.dtype}"
+            raise UserError(
+                f"source_rows, document {i}: {found} should be a whole number from 0 to {source_tok.vocab_size - 1}"
+            )
 
 
 def measure(

@@ -35,7 +35,8 @@ class Tokens:
 def row_map(text: str, target_tok: Any, source_tok: Any, method: str = "inside") -> np.ndarray:
     """int32[n_target, 2]: for each target token of `text` the source row to use or -1, and the bytes already consumed.
 
-    text: a document. target_tok, source_tok: `fusejax.tokenizers.Tokenizer` or tokenizers of transformers.
+    text: a document. target_tok, source_tok: `fusejax.tokenizers.Tokenizer`, tokenizers of transformers, model folders
+    or hub names.
     method: `exact` (the tokens of both rows cover the same bytes), `mined` (the paper's dynamic programming over
     spellings, see `fusejax.alignment.mined`), `boundary` (both rows end at the same byte) or `inside` (`boundary`;
     besides, a target row that ends inside a source token takes the row before that token, with the bytes of it that

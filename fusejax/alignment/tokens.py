@@ -34,12 +34,14 @@ def token_map(
 ) -> np.ndarray:
     """int32[V_source]: the target id that each source id becomes, -1 where none does.
 
-    target_tok, source_tok: `fusejax.tokenizers.Tokenizer` or tokenizers of transformers. method: `exact` (the same
+    target_tok, source_tok: what `Tokenizer.of` takes. method: `exact` (the same
     canonical bytes), `prefix` (`exact`; any other token becomes the first token that the target's tokenizer gives for
     its bytes in the middle of a text, because that is what the target must predict next), `mined` (the paper's: the
     nearest spelling) or `stats` (FuseChat's: the token matched most often in the sample `texts`); of the last two see
     `fusejax.alignment.mined`. Special tokens map by role alone. Equal tokenizers give the identity.
     """
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"texts: should be a list of texts, not one {type(texts).__name__}")
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
     sample = None
     if texts is not None:

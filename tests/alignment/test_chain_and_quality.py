@@ -12,6 +12,7 @@ from fusejax.alignment import GoldChain, quality, token_table
 from fusejax.alignment.quality import KINDS
 from fusejax.alignment.rows import Tokens, map_rows
 from fusejax.alignment.tokens import table_columns
+from fusejax.errors import UserError
 from fusejax.tokenizers import Tokenizer
 
 TOP_K = 6
@@ -163,7 +164,7 @@ def test_the_unmapped_cross_entropy_is_that_of_the_covered_rows_row_by_row(gold_
     target_tok, source_tok = tokenizer("sentencepiece"), tokenizer("byte-level coarse")
     target, source = Tokens.of(target_tok, TEXTS[0]), Tokens.of(source_tok, TEXTS[0])
     rows = made_up_rows(source_tok, source.ids)
-    rows["ids"][::4] = np.iinfo(np.uint16).max  # of these nothing is left
+    rows["logprobs"][::4] = -np.inf  # of these nothing is left
     report = quality(rows, TEXTS[0], target_tok, source_tok, gold_chain=gold_chain)
     row_map_T2 = map_rows(TEXTS[0].encode(), target, source, source_tok)
     covered = {r for r in row_map_T2[:-1, 0].tolist() if 0 <= r < len(source.ids) - 1 and r % 4}
@@ -200,3 +201,38 @@ def test_real_rows(name, share, ce):
     report = quality(rows, texts, Tokenizer.load(str(folder / "tokenizers" / name)), source_tok)
     assert report["share"] >= share
     assert report["mapped_ce"] <= ce
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda rows: {name: rows[name] for name in ("ids", "logprobs")}, "has no `ce`"),
+        (
+            lambda rows: {name: value[:-1] for name, value in rows.items()},
+            r"should be \({n}, k\), \({n}, k\), \({n},\)",
+        ),
+        (lambda rows: {name: np.repeat(value, 2, 0) for name, value in rows.items()}, "for each of the {n} tokens"),
+        (lambda rows: rows | {"ce": rows["ce"][:-1]}, "should be"),
+        (lambda rows: rows | {"logprobs": rows["logprobs"][:, :2]}, "should be"),
+        (lambda rows: rows | {"ids": rows["ids"].astype(int) + 10**6}, "from 0 to {last}"),
+        (lambda rows: rows | {"ids": rows["ids"].astype(int) - 10**6}, "from 0 to {last}"),
+        (lambda rows: rows | {"ids": rows["ids"].astype(float)}, "ids of float64 should be a whole number"),
+    ],
+)
+def test_rows_that_are_not_the_sources_are_refused(changed, message):
+    tok = tokenizer("byte-level coarse")
+    ids = Tokens.of(tok, TEXTS[1]).ids
+    rows = made_up_rows(tok, ids)
+    message = message.replace("{n}", str(len(ids))).replace("{last}", str(tok.vocab_size - 1))
+    with pytest.raises(UserError, match=f"document 1: .*{message}"):
+        quality([rows, changed(rows)], [TEXTS[1]] * 2, tok, tok)
+    with pytest.raises(UserError, match="rows of 1 documents, but there are 2 texts"):
+        quality([rows], [TEXTS[1]] * 2, tok, tok)
+
+
+def test_padded_rows_of_an_output_layer_may_stand_where_they_are_impossible():
+    tok = tokenizer("byte-level coarse")
+    rows = made_up_rows(tok, Tokens.of(tok, TEXTS[1]).ids)
+    padded = {"ids": np.pad(rows["ids"], ((0, 0), (0, 1)), constant_values=tok.vocab_size), "ce": rows["ce"],
+              "logprobs": np.pad(rows["logprobs"], ((0, 0), (0, 1)), constant_values=-np.inf)}  # fmt: skip
+    assert quality(padded, TEXTS[1], tok, tok)["mapped_ce"] == quality(rows, TEXTS[1], tok, tok)["mapped_ce"]

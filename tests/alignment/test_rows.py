@@ -10,6 +10,7 @@ from tokenizer_zoo import LOSSLESS, NAMES, TEXTS, hf, tokenizer
 
 from fusejax.alignment import MAX_CONSUMED, row_map
 from fusejax.alignment.rows import Tokens, map_rows
+from fusejax.errors import UserError
 
 METHODS = ("exact", "boundary", "inside")  # those that go by the text; `mined` has tests of its own
 PAIRS = list(itertools.permutations(NAMES, 2))
@@ -115,3 +116,20 @@ def test_unknown_methods_and_empty_texts():
     with pytest.raises(ValueError, match="boundary"):
         row_map("x", tokenizer("unigram"), tokenizer("byte-level"), "nearest")
     assert row_map("", tokenizer("unigram"), tokenizer("byte-level")).shape == (0, 2)
+
+
+def test_folders_stand_for_their_tokenizers(tmp_path):
+    hf("byte-level").save_pretrained(tmp_path)
+    expected = row_map(TEXTS[0], tokenizer("unigram"), tokenizer("byte-level"))
+    assert np.array_equal(row_map(TEXTS[0], tokenizer("unigram"), tmp_path), expected)
+    assert np.array_equal(row_map(TEXTS[0], tokenizer("unigram"), str(tmp_path)), expected)
+    with pytest.raises(UserError, match="no such model folder"):
+        row_map("x", tokenizer("unigram"), "./nowhere")
+
+
+@pytest.mark.parametrize("text", [None, b"abc", ["abc"]])
+def test_what_is_no_text_or_no_tokenizer(text):
+    with pytest.raises(TypeError, match=f"a text should be a str, not {type(text).__name__}"):
+        row_map(text, tokenizer("unigram"), tokenizer("byte-level"))
+    with pytest.raises(TypeError, match=f"a folder or a hub name, not {type(text).__name__}"):
+        row_map("x", tokenizer("unigram"), text)

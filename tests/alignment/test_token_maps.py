@@ -101,3 +101,11 @@ def test_hashes_are_equal_where_the_first_bytes_are():
 def test_unknown_method():
     with pytest.raises(ValueError, match="prefix"):
         token_map(tokenizer("unigram"), tokenizer("byte-level"), "nearest")
+
+
+@pytest.mark.parametrize("texts", ["abc", b"abc"])
+def test_one_text_is_no_list_of_texts(texts):
+    with pytest.raises(TypeError, match="should be a list of texts"):
+        token_map(tokenizer("unigram"), tokenizer("byte-level"), "stats", texts=texts)
+    with pytest.raises(TypeError, match="a text should be a str, not int"):
+        token_map(tokenizer("unigram"), tokenizer("byte-level"), "stats", texts=[1])
