@@ -33,6 +33,14 @@ def within(
     raise ValueError(f"{name}: {number:g} should be a finite number{''.join(f', {part}' for part in wanted)}")
 
 
+def optional(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
+) -> None:
+    """`within`, where None says nothing."""
+    if value is not None:
+        within(name, value, least, most, above=above)
+
+
 def shape(name: str, array: Any, wanted: tuple[int, ...], why: str) -> None:
     """ValueError where an array, if there is one, has another shape; `why` says where the wanted one comes from."""
     if array is not None and tuple(array.shape) != tuple(wanted):

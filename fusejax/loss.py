@@ -5,14 +5,14 @@ cross-entropy costs. `fusejax.kernels.fusion_loss` holds the pass and what it is
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from fusejax import sharding
+from fusejax import arguments, sharding
 from fusejax.kernels.fusion_loss import passes, terms
 
 Kind = Literal["ce", "kl"]
@@ -89,6 +89,12 @@ def fusion_loss(
     event probabilities, the tail's like any other, are raised to 1/τ and scaled to sum 1. So the divergence is ≥ 0 and,
     at τ = 1, at most that of the full distributions. No factor τ² is applied. z_loss · logsumexp(z)² may be added.
 
+    What the arrays hold is not checked. A negative label is no label. Labels and ids of V or more are no column: their
+    logit counts as 0 and the row's loss means nothing. A probability that is NaN, infinite or negative counts as 0, its
+    id stays in the support. A row that sums to more than 1 has no tail and is scaled to 1 under `renormalize` or with a
+    temperature; else it weighs as much as it sums to. Under `tail`, a support of all V tokens with mass missing has an
+    infinite divergence; returned is the sum over the support, without the missing mass.
+
     weight_clm is λ, a float or a traced scalar. fusion_mask float[...] weighs the fusion term on its own (default:
     mask where there is a label), labels or not; `count` remains that of the CLM term. block: about how many tokens
     share one block of logits on a device (default: 64 MB of float32); no array of tokens × V beyond it is made. mesh:
@@ -96,7 +102,8 @@ def fusion_loss(
     gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the backward
     pass), `recompute` in the backward pass. implementation: `xla`, or the Pallas kernels for `tpu` or `gpu`; `auto` is
     `xla` (docs/kernels.md says why). interpret: run Pallas kernels as plain XLA, slowly, for tests. Only `total` is
-    differentiable, in hidden and unembedding.
+    differentiable, in hidden and unembedding. Raises ValueError for shapes that do not belong together, and for options
+    out of range as far as they are not traced.
 
     >>> hidden, unembedding = jnp.eye(2, 4), jnp.eye(4, 6)
     >>> sums = fusion_loss(
@@ -105,6 +112,18 @@ def fusion_loss(
     >>> bool(jnp.allclose(sums.total, sums.clm)), float(sums.count)  # one-hot targets: the fusion loss is the CLM loss
     (True, 2.0)
     """
+    arrays = {"labels": labels, "mask": mask, "fusion_mask": fusion_mask}
+    _check_shapes(hidden, unembedding, target_ids, target_probs, arrays)
+    arguments.one_of("kind", kind, get_args(Kind))
+    arguments.one_of("tail", tail, get_args(Tail))
+    arguments.one_of("gradients", gradients, get_args(Gradients))
+    arguments.one_of("implementation", implementation, get_args(Implementation))
+    arguments.within("weight_clm", weight_clm, 0, 1)
+    arguments.within("temperature", temperature, above=0)
+    arguments.within("logit_scale", logit_scale, above=0)
+    arguments.within("z_loss", z_loss, 0)
+    arguments.optional("logit_cap", logit_cap, above=0)
+    arguments.optional("block", block, 1)
     D = unembedding.shape[0]
     T, M = labels.size, target_ids.shape[-1]
     on_clm = _clm_weights(labels, mask)
@@ -167,6 +186,19 @@ def clm_loss(hidden: Array, unembedding: Array, labels: Array, mask: Array | Non
         tail="renormalize",
         **options,
     )
+
+
+def _check_shapes(
+    hidden: Array, unembedding: Array, target_ids: Array, target_probs: Array, arrays: dict[str, Any]
+) -> None:
+    """ValueError where the arrays are not of the same tokens."""
+    lead = hidden.shape[:-1]
+    arguments.shape("unembedding", unembedding, (hidden.shape[-1], *unembedding.shape[1:2]), "[D, V] with hidden's D")
+    why = f"the leading dimensions of hidden {hidden.shape}"
+    for name, array in arrays.items():
+        arguments.shape(name, array, lead, why)
+    arguments.shape("target_ids", target_ids, (*lead, target_ids.shape[-1]), f"[..., M] with {why}")
+    arguments.shape("target_probs", target_probs, target_ids.shape, "that of target_ids")
 
 
 def _clm_weights(labels: Array, mask: Array | None) -> Array:

@@ -254,6 +254,42 @@ def test_wrong_arguments_are_named():
         fusion.fuse(ids, probs, valid, ce, labels, kind="best")
     with pytest.raises(ValueError, match="source_labels"):
         mapped_row([0], [1.0], [1], consumed=jnp.array([1]))
+    for options in ({"collisions": "add"}, {"tail": "cut"}):
+        with pytest.raises(ValueError, match=r"^(collisions|tail): '\w+' should be \w+ or \w+$"):
+            mapped_row([0], [1.0], [1], **options)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"fallback": "drop"}, "^fallback: 'drop' should be gold or skip$"),
+    ({"weighting": "hard"}, "^weighting: 'hard' should be softmax or reference$"),
+    ({"temperature": 0.0}, "^temperature: 0 should be a finite number, greater than 0$"),
+    ({"weights": (1.0, 1.0, 1.0)}, "^weights: only used with kind 'fixed'"),
+    ({"kind": "fixed", "weights": (np.nan, 1.0, 1.0)}, "^weights: each should be 0, or between .* got nan$"),
+    ({"kind": "fixed", "weights": (0.0, 0.0, 0.0)}, "^weights: should not all be 0"),
+    ({"mass": np.zeros((2, 3))}, r"^mass: shape \(2, 3\) should be"),
+    ({"fallback_ids": np.zeros(99, np.int32)}, "^fallback_ids: shape"),
+])  # fmt: skip
+def test_wrong_options_of_fuse_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        fusion.fuse(*example(0), **options)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_fuse_refuses_rows_of_different_tokens(at):
+    arrays = list(example(0))
+    arrays[at] = arrays[at][1:]
+    with pytest.raises(ValueError, match=r"^(ids|probs|valid|ce): shape \(.*\) should be \("):
+        fusion.fuse(*arrays)
+
+
+def test_traced_weights_are_not_checked():
+    arrays = example(0)
+
+    @jax.jit
+    def run(weights, temperature):
+        return fusion.fuse(*arrays, kind="fixed", weights=weights, temperature=temperature).source_weights
+
+    np.testing.assert_allclose(run(jnp.array([0.0, 0.0, 2.0]), 0.0)[:, 2], 1.0)
 
 
 def test_aligned_ce():

@@ -278,3 +278,42 @@ def test_entropy_of_the_model_changes_neither_loss_nor_gradient():
     close(with_it[0].total, without[0].total)
     assert without[0].model_entropy == 0
     assert 0 < with_it[0].model_entropy < with_it[0].count * np.log(V)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"kind": "foo"}, "kind: 'foo' should be ce or kl"),
+    ({"tail": "foo"}, "tail: 'foo' should be tail or renormalize"),
+    ({"gradients": "foo"}, "gradients: 'foo' should be forward or recompute"),
+    ({"implementation": "foo"}, "implementation: 'foo' should be auto, xla, tpu or gpu"),
+    ({"block": 0}, "block: 0 should be a finite number, at least 1"),
+    ({"block": -1}, "block: -1 should"),
+    ({"logit_cap": 0.0}, "logit_cap: 0 should be a finite number, greater than 0"),
+    ({"temperature": 0.0}, "temperature: 0 should be a finite number, greater than 0"),
+    ({"temperature": -1}, "temperature: -1 should"),
+    ({"z_loss": np.nan}, "z_loss: nan should be a finite number, at least 0"),
+    ({"weight_clm": 2.0}, "weight_clm: 2 should be a finite number, at least 0, at most 1"),
+])  # fmt: skip
+def test_wrong_options_are_one_line(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        loss.fusion_loss(*example(0), **({"weight_clm": 0.5} | options))
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_arrays_of_different_tokens_are_refused(at):
+    arrays = list(example(0))
+    arrays[at] = arrays[at].T if arrays[at].ndim > 1 else arrays[at].reshape(2, -1)
+    with pytest.raises(ValueError, match=r"^\w+: shape \(.*\) should be \(.*\), "):
+        loss.fusion_loss(*arrays, weight_clm=0.5)
+    hidden, unembedding = np.zeros((2, 3, D), np.float32), np.zeros((D, V), np.float32)
+    with pytest.raises(ValueError, match=r"^labels: shape \(3, 2\) should be \(2, 3\), the leading dimensions"):
+        loss.clm_loss(hidden, unembedding, np.zeros((3, 2), np.int32))
+
+
+def test_support_without_a_tail_token_leaves_missing_mass_out():
+    hidden, unembedding, *_ = example(0)
+    ids = np.tile(np.arange(V, dtype=np.int32), (T, 1))
+    probs = np.full((T, V), 0.5 / V, np.float32)
+    labels = np.zeros(T, np.int32)
+    sums = loss.fusion_loss(hidden, unembedding, labels, ids, probs, weight_clm=0.0)
+    log_p = jax.nn.log_softmax(hidden @ unembedding)
+    np.testing.assert_allclose(sums.fusion, -np.sum(probs * log_p), rtol=1e-5)

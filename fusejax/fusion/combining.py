@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fusejax import arguments
 from fusejax.fusion.mapping import Collisions, Tail, TokenTable, map_rows
 from fusejax.fusion.weighing import Kind, Level, Weighting, aligned_ce, average_ce, source_weights
 
@@ -71,6 +72,11 @@ def fuse(
     mass float[..., S] is averaged into the result. `min_ce` gives rows of M entries, the others S·M.
     half_rewards: see `source_weights`.
 
+    What ids and probs hold is not checked and goes through as it is: ids of V or more, NaN, sums above 1 (`fusion_loss`
+    says what becomes of them there). A label of −1 makes an empty one-hot row; a CE that is not finite counts as the
+    largest. Raises ValueError for shapes that do not belong together, and for options that are unknown, out of range
+    (unless traced) or without effect.
+
     >>> fused = fuse(
     ...     jnp.array([[[5, 2], [7, 5]]]), jnp.array([[[0.5, 0.25], [0.75, 0.25]]]), jnp.array([[True, True]]),
     ...     ce=jnp.array([[2.0, 1.0]]), labels=jnp.array([5]), kind="min_ce",
@@ -78,6 +84,13 @@ def fuse(
     >>> fused.ids.tolist(), fused.probs.tolist(), fused.source_weights.tolist()
     ([[7, 5]], [[0.75, 0.25]], [[0.0, 1.0]])
     """
+    lead, why = labels.shape, f"the leading dimensions of labels {labels.shape}"
+    arguments.shape("ids", ids, (*lead, *ids.shape[-2:]), f"[..., S, M] with {why}")
+    arguments.shape("probs", probs, ids.shape, "that of ids")
+    for name, array in {"valid": valid, "ce": ce, "mass": mass}.items():
+        arguments.shape(name, array, ids.shape[:-1], f"[..., S] of ids {ids.shape}")
+    arguments.shape("fallback_ids", fallback_ids, lead, "that of labels")
+    arguments.one_of("fallback", fallback, get_args(Fallback))
     gold = labels if fallback_ids is None else fallback_ids
     takes_part = valid if fallback == "skip" else jnp.ones_like(valid)
     weights_S = source_weights(
@@ -150,8 +163,17 @@ def fuse_sources(
     optional source_consumed, source_labels int32[..., S] and gold_logprobs float[..., S], see `map_rows`. source_ce
     float[..., S] decides between sources; where it is None the CE on the target's own tokens does (`aligned_ce`,
     averaged by `average_ce` with `level` and `window`), which needs vocab_size, segment_ids int32[B, L] and leading
-    dimensions [B, L].
+    dimensions [B, L]. Raises ValueError as `map_rows` and `fuse` do.
     """
+    lead, S = labels.shape, len(tables)
+    why = f"for labels of shape {lead} and {S} tables"
+    arguments.shape("source_ids", source_ids, (*lead, S, source_ids.shape[-1]), why)
+    arguments.shape("source_logprobs", source_logprobs, source_ids.shape, "that of source_ids")
+    per_source = {"source_valid": source_valid, "source_ce": source_ce, "source_consumed": source_consumed}
+    per_source |= {"source_labels": source_labels, "gold_logprobs": gold_logprobs}
+    for name, array in per_source.items():
+        arguments.shape(name, array, (*lead, S), why)
+    arguments.shape("segment_ids", segment_ids, lead, "that of labels")
 
     def of(array: Array | None, s: int) -> Array | None:
         return None if array is None else array[..., s]

@@ -1,9 +1,11 @@
 """One source's sparse rows, brought into the target's vocabulary."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array
+
+from fusejax import arguments
 
 Collisions = Literal["sum", "first"]
 Tail = Literal["tail", "renormalize"]
@@ -43,6 +45,7 @@ def merge_repeated(ids: Array, probs: Array, how: Collisions = "sum") -> tuple[A
     >>> ids.tolist(), probs.tolist()
     ([7, 3, -1], [0.625, 0.25, 0.0])
     """
+    arguments.one_of("how", how, get_args(Collisions))
     M = ids.shape[-1]
     same_MxM = ids[..., :, None] == ids[..., None, :]
     earlier_MxM = jnp.arange(M)[None, :] < jnp.arange(M)[:, None]
@@ -68,7 +71,8 @@ def map_rows(
     """Bring one source's rows into the target's vocabulary.
 
     ids int32[..., K], logprobs float[..., K] (natural logarithms of the source's own probabilities), valid bool[...].
-    An id without an image is dropped; so is an entry whose log-probability is not finite. Entries that meet at one
+    An id without an image, or beyond the table, is dropped; so is an entry whose log-probability is not finite; one
+    above 0 counts as 0. Entries that meet at one
     target id are added (`collisions="sum"`), or the first, which is the likeliest, wins (`first`, as in FuseLLM).
     `tail="tail"` keeps the source's probabilities, so a row may add up to less than 1; `renormalize` scales it to 1.
     A row of which nothing is left is not valid.
@@ -82,7 +86,16 @@ def map_rows(
     of the source's true next token to the label, at most what is there, and the rest is added. For c > 0 the value is
     that of the consumed bytes and the label together: it is divided here by the mass of the tokens that stay. The row
     gets one entry more: M = K + 1, else M = K. The total never exceeds 1.
+
+    Raises ValueError for shapes that do not belong together and for unknown options.
     """
+    arguments.one_of("collisions", collisions, get_args(Collisions))
+    arguments.one_of("tail", tail, get_args(Tail))
+    arguments.shape("logprobs", logprobs, ids.shape, "that of ids")
+    per_row = {"valid": valid, "consumed": consumed, "source_labels": source_labels}
+    per_row |= {"gold_logprobs": gold_logprobs, "labels": labels}
+    for name, array in per_row.items():
+        arguments.shape(name, array, ids.shape[:-1], f"the leading dimensions of ids {ids.shape}")
     c = jnp.zeros(valid.shape, jnp.int32) if consumed is None else consumed
     probs = _probabilities(ids, logprobs)
     images = jnp.where(jnp.isfinite(logprobs), _lookup(table.ids, ids, c[..., None], -1), -1)

@@ -1,11 +1,13 @@
 """How well each source predicts the text, and the weight that it gets for it."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from fusejax import arguments
 
 Kind = Literal["min_ce", "avg_ce", "fixed"]
 Weighting = Literal["softmax", "reference"]
@@ -31,6 +33,9 @@ def average_ce(ce: Array, segment_ids: Array, level: Level, window: int = 16) ->
     the same segment; `block`: all rows of the packed sequence; `token`: the `window` rows around, of the same segment
     ((window − 1)//2 before and window//2 after). Values that are not finite are left out; inf where nothing is left.
     """
+    arguments.one_of("level", level, get_args(Level))
+    arguments.within("window", window, 1)
+    arguments.shape("segment_ids", segment_ids, ce.shape[:-1], f"[B, L] of ce {ce.shape}")
     usable = jnp.isfinite(ce) & (segment_ids > 0)[..., None]
     values = jnp.where(usable, ce.astype(jnp.float32), 0.0)
     counts = usable.astype(jnp.float32)
@@ -84,6 +89,7 @@ def source_weights(
     half_rewards: as the paper's code does it, `min_ce` takes the greatest exp(−CE), computed in bfloat16, so that CEs
     of up to a hundredth apart tie; `reference` weights are made of the same rewards and rounded to bfloat16, too.
     """
+    _check(ce, takes_part, kind, temperature, weights, weighting)
     ce = ce.astype(jnp.float32)
     ce = jnp.where(jnp.isfinite(ce), ce, jnp.finfo(jnp.float32).max)
     any_part = jnp.any(takes_part, -1, keepdims=True)
@@ -98,15 +104,29 @@ def source_weights(
         part = jnp.where(takes_part, score, -jnp.inf)
         best = jnp.where(any_part, jnp.max(part, -1, keepdims=True), 0.0)
         raw = jnp.exp(part - best)
-    elif kind == "fixed":
-        if weights is None or len(weights) != ce.shape[-1]:
-            raise ValueError(f"fuse: kind 'fixed' needs {ce.shape[-1]} weights, got {weights}")
-        raw = jnp.where(takes_part, jnp.asarray(weights, jnp.float32), 0.0)
     else:
-        raise ValueError(f"fuse: kind {kind!r} should be min_ce, avg_ce or fixed")
+        raw = jnp.where(takes_part, jnp.asarray(weights, jnp.float32), 0.0)
     total = jnp.sum(raw, -1, keepdims=True)
     share = jnp.where(total > 0, raw / jnp.where(total > 0, total, 1.0), 0.0)
     return _bfloat16(share) if half_rewards and kind == "avg_ce" else share
+
+
+def _check(
+    ce: Array, takes_part: Array, kind: str, temperature: float, weights: Sequence[float] | None, weighting: str
+) -> None:
+    arguments.shape("takes_part", takes_part, ce.shape, "that of ce")
+    arguments.one_of("kind", kind, get_args(Kind))
+    arguments.one_of("weighting", weighting, get_args(Weighting))
+    arguments.within("temperature", temperature, above=0)
+    if kind != "fixed":
+        if weights is not None:
+            raise ValueError(f"weights: only used with kind 'fixed', not with {kind!r}")
+        return
+    if weights is None or len(weights) != ce.shape[-1]:
+        raise ValueError(f"weights: kind 'fixed' needs {ce.shape[-1]} weights, got {weights}")
+    objection = arguments.weights_objection(weights)
+    if objection:
+        raise ValueError(f"weights: {objection}")
 
 
 def _half_rewards(ce: Array) -> Array:

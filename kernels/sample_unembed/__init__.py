@@ -11,7 +11,7 @@ draws. Over a mesh each device looks through its own columns.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,11 @@ from fusejax.kernels.topk_unembed import xla as search
 from fusejax.kernels.topk_unembed.candidates import across, finish
 from jax.sharding import PartitionSpec
 
-__all__ = ["Sampled", "sample_unembed"]
+from fusejax import arguments
+
+__all__ = ["Implementation", "Sampled", "sample_unembed"]
+
+Implementation = Literal["reference", "xla"]
 
 _BLOCK = 8192  # fixed, so that rounding, and with it a draw, does not depend on the size of the batch
 
@@ -38,17 +42,28 @@ def sample_unembed(
     logit_cap: float | None = None,
     block: int = _BLOCK,
     placement: Placement | None = None,
-    implementation: Literal["reference", "xla"] = "xla",
+    implementation: Implementation = "xla",
 ) -> Sampled:
     """Draws and CE of `labels`, without a [T, V] array (except in `reference`).
 
     hidden: [..., D]; unembedding_DV: [D, V]; uniforms: float32 [..., R] in [0, 1); labels: int32 [...], −1 where there
     is none. vocab_size, logit_scale, logit_cap, placement: as in `topk_unembed`. block: vocabulary entries at a time.
-    Returns Sampled(ids int32 [..., R], log_normalizer float32 [...], ce float32 [...] in nats).
+    Returns Sampled(ids int32 [..., R], log_normalizer float32 [...], ce float32 [...] in nats). Raises ValueError for
+    shapes that do not belong together and options out of range.
     """
     D, V = unembedding_DV.shape
     lead, R = hidden.shape[:-1], uniforms.shape[-1]
     vocab_size = V if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= V:
+        raise ValueError(f"need 0 < vocab_size <= V, got vocab_size={vocab_size}, V={V}")
+    why = f"the leading dimensions of hidden {hidden.shape}"
+    arguments.shape("unembedding_DV", unembedding_DV, (hidden.shape[-1], V), "[D, V] with hidden's D")
+    arguments.shape("uniforms", uniforms, (*lead, R), f"[..., R] with {why}")
+    arguments.shape("labels", labels, lead, why)
+    arguments.one_of("implementation", implementation, get_args(Implementation))
+    arguments.within("logit_scale", logit_scale, above=0)
+    arguments.optional("logit_cap", logit_cap, above=0)
+    arguments.within("block", block, 1)
     hidden_TD, uniforms_TR = hidden.reshape(-1, D), uniforms.reshape(-1, R)
     labels_T = jnp.full(len(hidden_TD), -1, jnp.int32) if labels is None else labels.reshape(-1)
     options: dict[str, Any] = {"logit_scale": logit_scale, "logit_cap": logit_cap}

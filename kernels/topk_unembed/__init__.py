@@ -11,7 +11,7 @@ of each are merged.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from fusejax.kernels.topk_unembed import reference, xla
 from fusejax.kernels.topk_unembed.candidates import Candidates, across, finish
 from fusejax.kernels.topk_unembed.reference import TopK
 from jax.sharding import PartitionSpec
+
+from fusejax import arguments
 
 __all__ = ["Implementation", "TopK", "topk_unembed"]
 
@@ -59,6 +61,9 @@ def topk_unembed(
       TopK(ids int32 [..., k], logprobs float32 [..., k] sorted descending, log_normalizer float32 [...],
       ce float32 [...] in nats, 0 where there is no label).
 
+    Raises:
+      ValueError: shapes that do not belong together, options out of range.
+
     >>> import jax.numpy as jnp
     >>> out = topk_unembed(jnp.ones((1, 2)), jnp.array([[0.0, 3.0, 1.0], [0.0, 1.0, 1.0]]), k=2)
     >>> out.ids.tolist()
@@ -71,13 +76,16 @@ def topk_unembed(
     if hidden.shape[-1] != D:
         raise ValueError(f"hidden states have {hidden.shape[-1]} channels, the unembedding {D}")
     lead = hidden.shape[:-1]
+    arguments.shape("labels", labels, lead, f"the leading dimensions of hidden {hidden.shape}")
+    arguments.one_of("implementation", implementation, get_args(Implementation))
+    arguments.within("logit_scale", logit_scale, above=0)
+    arguments.optional("logit_cap", logit_cap, above=0)
+    arguments.optional("block", block, 1)
     hidden_TD = hidden.reshape(-1, D)
     labels_T = jnp.full(hidden_TD.shape[0], -1, jnp.int32) if labels is None else labels.reshape(-1)
     options: dict[str, Any] = {"k": k, "logit_scale": logit_scale, "logit_cap": logit_cap}
     if implementation == "reference":
         out = reference.topk_unembed(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size, **options)
-    elif implementation not in ("auto", "xla", "tpu"):
-        raise ValueError(f"unknown implementation {implementation!r}: auto, reference, xla or tpu")
     else:
         search = partial(_search(implementation, interpret), block=block, **options)
         if placement is None:

@@ -63,3 +63,16 @@ def test_leading_dimensions(rounds):
     )
     np.testing.assert_array_equal(shaped.ids.reshape(6, rounds), flat.ids)
     assert shaped.ce.shape == (2, 3)
+
+
+def test_wrong_arguments_are_one_line():
+    hidden, table, uniforms = jnp.ones((2, 3, 4)), jnp.ones((4, 8)), jnp.zeros((2, 3, 5))
+    for change, message in (
+        ({"implementation": "tpu"}, "implementation: 'tpu' should be reference or xla"),
+        ({"block": 0}, "block: 0 should"),
+        ({"vocab_size": 9}, "vocab_size <= V"),
+        ({"labels": jnp.zeros((3, 2), jnp.int32)}, r"labels: shape \(3, 2\) should be \(2, 3\)"),
+        ({"uniforms": jnp.zeros((3, 2, 5))}, r"uniforms: shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_unembed(hidden, table, **({"uniforms": uniforms} | change))

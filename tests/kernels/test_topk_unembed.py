@@ -98,3 +98,15 @@ def test_more_than_the_vocabulary_is_refused():
     hidden, table, _ = inputs()
     with pytest.raises(ValueError, match="vocab_size"):
         topk_unembed(hidden, table, k=301)
+
+
+def test_wrong_options_are_one_line():
+    hidden, table = jnp.ones((2, 3, 4)), jnp.ones((4, 8))
+    for change, message in (
+        ({"implementation": "gpu"}, "implementation: 'gpu' should be auto, reference, xla or tpu"),
+        ({"block": -1}, "block: -1 should"),
+        ({"logit_cap": 0.0}, "logit_cap: 0 should"),
+        ({"labels": jnp.zeros((3, 2), jnp.int32)}, r"labels: shape \(3, 2\) should be \(2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            topk_unembed(hidden, table, k=2, **change)
