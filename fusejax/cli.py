@@ -350,6 +350,10 @@ def _command(arguments: Sequence[str] | None) -> None:
     from fusejax import distributed
 
     distributed.start(job)
+    if options.command in ("sources", "train", "baselines"):
+        from fusejax import preflight
+
+        preflight.check_devices(job, training=options.command != "sources")
     with distributed.locked(job.folder):
         if options.command == "import":
             from fusejax import importing

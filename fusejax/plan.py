@@ -16,7 +16,7 @@ from fusejax import tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.corpus import local_size, read_documents
 from fusejax.errors import UserError
-from fusejax.progress import console, say
+from fusejax.progress import console, say, warn
 
 BYTES_PER_TOKEN = 4.0  # of text, in a tokenizer that is not on this machine
 _SAMPLE = 100  # documents
@@ -122,6 +122,11 @@ def show(config: Config) -> None:
     )
     row("report", "report.json, report.html", 2e6)
     console.print(table)
+    if config.attention in ("splash", "cudnn") or {"tpu", "gpu"} & set(config.kernels.model_dump().values()):
+        try:
+            preflight.check_devices(config)
+        except UserError as error:  # the job may be meant for another machine than the plan
+            warn(f"this machine cannot run the job: {error}")
     say(f"disk needed: {_bytes(total)} in {config.folder}")
     unseen = [model.model for model in (config.target, *config.sources) if not Path(model.model).is_dir()]
     if unseen:

@@ -1,4 +1,4 @@
-"""Faults of models and corpora, found before any stage does work.
+"""Faults of models and corpora, and kernels that the devices cannot run, found before any stage does work.
 
 Looks at what is on this machine and asks nothing of a hub: configurations, headers of weight files, tokenizers, and
 the first text of each corpus. No tensor is read.
@@ -6,7 +6,11 @@ the first text of each corpus. No tensor is read.
 
 from pathlib import Path
 
-from fusejax import corpus, hub, metrics, models, tokenizers
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fusejax import corpus, hub, metrics, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
@@ -33,6 +37,37 @@ def check(config: Config) -> None:
             corpus.check(documents)
 
 
+def check_devices(config: Config, training: bool = True) -> None:
+    """UserError where `kernels` or `attention` ask for what this machine's devices or the models cannot do.
+
+    Attention is traced, as far as the models' configurations are here; nothing is compiled. training: the target's
+    packed rows over the whole mesh too, and not the sources alone over this process' devices.
+    """
+    mesh = sharding.make_mesh(config.mesh) if training else sharding.local_mesh(config.mesh)
+    sharding.check_kernels(config.kernels, mesh)
+    if config.attention in ("splash", "cudnn"):
+        for source in config.sources:
+            _check_attention(config, source, sharding.local_mesh(config.mesh), packed=False)
+        if training:
+            _check_attention(config, config.target, mesh, packed=True)
+
+
+def _check_attention(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, packed: bool) -> None:
+    folder = _folder(model)
+    if folder is None:
+        return
+    compute = jnp.dtype(config.precision.compute)
+    decoder = models.Decoder(models.read_config(folder)[1], compute, attention=config.attention, mesh=mesh)
+    structure, params = nnx.split(decoder)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    ids_BL = jax.ShapeDtypeStruct((rows, config.max_length), jnp.int32)
+
+    def hidden(params: nnx.State, ids_BL: jax.Array) -> jax.Array:
+        return nnx.merge(structure, params).hidden(ids_BL, segment_ids=ids_BL if packed else None)
+
+    jax.eval_shape(hidden, params, ids_BL)
+
+
 def check_model(model: ModelConfig) -> None:
     """UserError where a model cannot be loaded, names or shapes do not match, or the tokenizer is not the model's."""
     if hub.is_local(model.model):
@@ -53,8 +88,7 @@ def check_model(model: ModelConfig) -> None:
 
 def _check_length(model: ModelConfig, max_length: int) -> None:
     """UserError where documents of `max_length` tokens go beyond a model's table of learned positions."""
-    path = Path(model.model).expanduser()
-    folder = path if path.is_dir() else files.cached_folder(model.model, model.revision)
+    folder = _folder(model)
     if folder is None:
         return
     _, config = models.read_config(folder)
@@ -63,6 +97,12 @@ def _check_length(model: ModelConfig, max_length: int) -> None:
             f"{model.model}: has positions for {config.max_length} tokens, max_length asks for {max_length}: "
             f"set max_length to {config.max_length} or less"
         )
+
+
+def _folder(model: ModelConfig) -> Path | None:
+    """Where a model's files are on this machine, if they are."""
+    path = Path(model.model).expanduser()
+    return path if path.is_dir() else files.cached_folder(model.model, model.revision)
 
 
 def _refuse_missing(name: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fusejax import config, export, models, plan, preflight
+from fusejax import cli, config, export, models, plan, preflight
 from fusejax.errors import UserError
 
 
@@ -163,3 +163,43 @@ def test_documents_longer_than_learned_positions(job, tiny_models):
     assert job(gpt2, max_length=40) == ""
     line = job(gpt2, max_length=41)
     assert line.endswith("has positions for 40 tokens, max_length asks for 41: set max_length to 40 or less")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"kernels": {"fusion_loss": "tpu"}}, "kernels.fusion_loss: 'tpu' needs a TPU, here is cpu"),
+    ({"kernels": {"topk_unembed": "tpu"}}, "kernels.topk_unembed: 'tpu' needs a TPU, here is cpu"),
+    ({"attention": "splash"}, "attention: splash runs on TPUs, not on cpu; use auto or xla"),
+    ({"attention": "cudnn"}, "attention: cudnn runs on NVIDIA GPUs, not on cpu"),
+    ({"mesh": {"data": 4096}, "batch": {"sequences": 4096}}, "needs 4096 devices"),
+    ({"attention": "xla", "kernels": {"fusion_loss": "xla"}}, ""),
+])  # fmt: skip
+def test_what_the_devices_cannot_do_is_refused(job, changes, message):
+    line = job(check=preflight.check_devices, **changes)
+    assert message in line
+    assert bool(line) == bool(message)
+
+
+def test_attention_is_traced_for_every_model(job, monkeypatch):
+    monkeypatch.setattr(models.attention, "objection", lambda name, query, tokens, *_: (
+        "takes no segment ids" if tokens.segments_BL is not None else None
+    ))  # fmt: skip
+    monkeypatch.setattr("fusejax.models.attention_kernels.cudnn", lambda query, key, value, features: query)
+    assert "takes no segment ids" in job(check=preflight.check_devices, attention="cudnn")
+    assert job(check=lambda config: preflight.check_devices(config, training=False), attention="cudnn") == ""
+
+
+@pytest.mark.parametrize("command", ["sources", "train"])
+def test_single_stages_refuse_before_they_write(tiny_models, tmp_path, command):
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps({
+        "target": tiny_models["coarse"], "sources": [tiny_models["fine"]], "corpus": {"path": "x"},
+        "attention": "splash", "output": str(tmp_path / "output"),
+    }))  # fmt: skip
+    with pytest.raises(UserError, match="attention: splash runs on TPUs"):
+        cli._command([command, str(path)])
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_plan_may_be_made_on_another_machine(job, capsys):
+    assert job(check=plan.show, kernels={"fusion_loss": "tpu"}) == ""
+    assert "this machine cannot run the job: kernels.fusion_loss: 'tpu' needs a TPU" in capsys.readouterr().err
