@@ -3,7 +3,8 @@
 `fused` is `loss.fusion_loss` over sparse targets, `fused with metrics` the same with all that training logs; `plain`
 our cross-entropy made the same way; `full logits` the usual jax cross-entropy over one [T, V] array; `dense, torch` the
 arithmetic of the FuseLLM paper's code: dense targets of three models, weighed by their rewards, in a soft-target
-cross-entropy over [T, V] (where torch is installed). `largest array` leaves arrays of the unembedding's shape out.
+cross-entropy over [T, V] (where torch is installed). `largest array` leaves arrays of the unembedding's shape out (it,
+its gradient, and copies); it is counted at D + 1 or a little more where that shape is also one of a block of logits.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 
 from fusejax import fusion, loss
 from fusejax.bench import core, positive
+from fusejax.errors import UserError
 
 WEIGHT_CLM = 0.9
 SOURCES = 3
@@ -39,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[core.Case]:
     """Times, temporaries and the largest array of each implementation at each size."""
+    if options.top_k > min(options.vocab):
+        raise UserError(f"--top-k {options.top_k}: should be at most --vocab {min(options.vocab)}")
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with_torch = not options.no_torch and importlib.util.find_spec("torch") is not None
     found: list[core.Case] = []
@@ -62,9 +66,14 @@ def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with
     for name, function in implementations.items():
         arguments = example[:5] if name.startswith("fused") else example[:3]
         has_aux = name == "fused with metrics"
-        compiled = jax.jit(jax.value_and_grad(function, (0, 1), has_aux=has_aux)).lower(*arguments).compile()
+        jitted = jax.jit(jax.value_and_grad(function, (0, 1), has_aux=has_aux))
+        compiled = jitted.lower(*arguments).compile()
         functions[name + suffix] = partial(compiled, *arguments)
-        memory += _memory(name + suffix, compiled, options.tokens, hidden, vocab)
+        temporaries = core.temporary_bytes(compiled)
+        if temporaries is not None:
+            memory.append(core.Case(f"{name}{suffix}: temporaries", temporaries, "bytes"))
+        largest = _largest_share(jitted, compiled, arguments)
+        memory.append(core.Case(f"{name}{suffix}: largest array / (T·V)", largest, ""))
     if with_torch:
         functions["dense, torch" + suffix] = torch_dense(example)
     others = ["plain" + suffix, *(name for name in functions if not name.startswith(("fused,", "plain")))]
@@ -72,15 +81,21 @@ def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with
     return core.cases(seconds, {"fused" + suffix: others}) + memory
 
 
-def _memory(name: str, compiled: Any, tokens: int, hidden: int, vocab: int) -> list[core.Case]:
-    found = []
-    temporaries = core.temporary_bytes(compiled)
-    if temporaries is not None:
-        found.append(core.Case(f"{name}: temporaries", temporaries, "bytes"))
-    if tokens != hidden:  # else logits and unembedding look the same
-        largest = core.largest_buffer(compiled, without={(hidden, vocab), (vocab, hidden)})
-        found.append(core.Case(f"{name}: largest array / (T·V)", largest / (tokens * vocab), ""))
-    return found
+def _largest_share(jitted: Any, compiled: Any, arguments: tuple[jax.Array, ...]) -> float:
+    """Elements of the largest array that is not of the unembedding's shape, over T·V.
+
+    A block of logits may have that shape, too, as D says nothing of how many tokens it holds; then the same function
+    is compiled for another D, one that no such block has.
+    """
+    (T, D), V = arguments[0].shape, arguments[1].shape[1]
+    blocks = {T, *(-(-T // n) for n in range(1, T + 1))}
+    if D in blocks:
+        D = next(width for width in range(D + 1, T + D + 2) if width not in blocks)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments]
+        shapes[0] = jax.ShapeDtypeStruct((T, D), arguments[0].dtype)
+        shapes[1] = jax.ShapeDtypeStruct((D, V), arguments[1].dtype)
+        compiled = jitted.lower(*shapes).compile()
+    return core.largest_buffer(compiled, without={(D, V), (V, D)}) / (T * V)
 
 
 def make_example(tokens: int, hidden: int, vocab: int, top_k: int, dtype: str) -> tuple[jax.Array, ...]:

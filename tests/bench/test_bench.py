@@ -10,6 +10,8 @@ import pytest
 
 from fusejax import cli
 from fusejax.bench import core
+from fusejax.bench import loss as loss_bench
+from fusejax.errors import UserError
 
 
 def run(tmp_path, *arguments):
@@ -32,6 +34,22 @@ def test_loss_writes_cases_and_machine(tmp_path, capsys):
     assert {"plain, D=8 V=64", "full logits, D=8 V=64"} <= set(fused["ratios"])
     assert by_name["full logits, D=8 V=64: largest array / (T·V)"]["value"] >= 1
     assert "fused, D=8 V=64" in capsys.readouterr().out
+
+
+def test_a_block_of_logits_counts_whatever_the_width():
+    def blocks(hidden, unembedding):  # 4 blocks of 16 tokens
+        return sum(jnp.sum(jnp.sort(hidden[i : i + 16] @ unembedding, -1)[:, 0]) for i in range(0, 64, 16))
+
+    jitted = jax.jit(blocks)
+    for width in (16, 17, 64):
+        arrays = jnp.ones((64, width)), jnp.ones((width, 640))
+        share = loss_bench._largest_share(jitted, jitted.lower(*arrays).compile(), arrays)
+        assert share == 0.25, width
+
+
+def test_more_entries_than_tokens_are_refused():
+    with pytest.raises(UserError, match=r"^--top-k 10: should be at most --vocab 5$"):
+        cli._command(["bench", "loss", "--vocab", "64", "5", "--top-k", "10"])
 
 
 def test_rounds_are_interleaved_and_warm_up_is_left_out():
