@@ -16,6 +16,9 @@ _CAUSES = {
     "special": "#ef4444",
     "document start": "#475569",
     "long token": "#854d0e",
+    "several source tokens": "#15803d",
+    "part of a source token": "#84cc16",
+    "other spelling": "#9d174d",
     "other": "#d1d5db",
     "nothing left": "#fb7185",
 }

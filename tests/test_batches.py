@@ -192,7 +192,7 @@ def test_what_was_made_from_something_else_is_named(make_ready, make_job):
         Batches(make_job(cache={"top_k": 3}))
     job = make_job()
     shutil.rmtree(job.folder / "data")
-    with pytest.raises(UserError, match="another text"):
+    with pytest.raises(UserError, match="other settings: text"):
         Batches(make_job(texts={"prose": TEXTS["prose"][:2]}))
     shutil.rmtree(job.folder / "alignment")
     with pytest.raises(UserError, match="alignment/coarse"):

@@ -43,7 +43,7 @@ class Quality:
         for name, count in zip(KINDS, kinds.tolist(), strict=True):
             self.kinds[name] += count
             self.rows += count
-        for name, count in zip(CAUSES, causes.tolist(), strict=True):
+        for name, count in zip(CAUSES, causes.tolist(), strict=False):  # an older store knows fewer
             self.causes[name] += count
 
     def add_measured(self, kinds_T: np.ndarray, causes: np.ndarray, empty_N: np.ndarray) -> None:

@@ -5,8 +5,10 @@ the same text, that is where their tokens end at the same byte of it. A row map 
 tokenizations, as ids and byte boundaries, never the models.
 """
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,8 @@ def row_map(text: str, target_tok: Any, source_tok: Any, method: str = "inside")
     method: `exact` (the tokens of both rows cover the same bytes), `mined` (the paper's dynamic programming over
     spellings, see `fusejax.alignment.mined`), `boundary` (both rows end at the same byte) or `inside` (`boundary`;
     besides, a target row that ends inside a source token takes the row before that token, with the bytes of it that
-    are already consumed in the second column, which is 0 everywhere else).
+    are already consumed in the second column, which is 0 everywhere else). But for `mined`, no row has a token, in
+    either tokenizer, that stands for another text than the one there (see `misread`).
     """
     target_tok, source_tok = Tokenizer.of(target_tok), Tokenizer.of(source_tok)
     target, source = Tokens.of(target_tok, text), Tokens.of(source_tok, text)
@@ -60,7 +63,48 @@ def row_mapper(
 
         mined = MinedRows(target_tok, source_tok)
         return lambda _data, target, source: mined(target, source)
-    return lambda data, target, source: map_rows(data, target, source, source_tok, method)
+
+    def by_text(data: bytes, target: Tokens, source: Tokens) -> np.ndarray:
+        rows_T2 = map_rows(data, target, source, source_tok, method)
+        if not len(source.ids):
+            return rows_T2
+        misread_T, misread_R = misread(data, target, target_tok), misread(data, source, source_tok)
+        if misread_T.any() or misread_R.any():
+            row_T = rows_T2[:, 0]
+            rows_T2[misread_T | ((row_T >= 0) & misread_R[np.maximum(row_T, 0)])] = (NO_ROW, 0)
+        return rows_T2
+
+    return by_text
+
+
+def misread(data: bytes, tokens: Tokens, tokenizer: Tokenizer) -> np.ndarray:
+    """bool[n]: the tokens of a text (its UTF-8 `data`) that stand for another text than the one there.
+
+    So do all tokens of a stretch that the tokenizer changed (a '▁' read as a space) or has no token for; not where only
+    white space is lost or added (a dummy prefix), nor where the two are canonically equivalent (Unicode's NFC).
+    """
+    wrong_T = np.zeros(len(tokens.ids), bool)
+    if not len(wrong_T) or tokenizer.spells(tokens.ids, data):
+        return wrong_T
+    edges = [0, *(np.flatnonzero(np.diff(tokens.boundaries)) + 1).tolist(), len(wrong_T)]
+    at = 0
+    for first, stop in pairwise(edges):
+        end = int(tokens.boundaries[stop - 1])
+        pieces = [tokenizer.canonical_bytes[i] for i in tokens.ids[first:stop].tolist()]
+        known = b"".join(piece for piece in pieces if piece is not None)
+        wrong_T[first:stop] = None in pieces or not _equivalent(known, data[at:end])
+        at = end
+    return wrong_T
+
+
+def _equivalent(a: bytes, b: bytes) -> bool:
+    if a == b:
+        return True
+    try:
+        a_text, b_text = ("".join(unicodedata.normalize("NFC", one.decode()).split()) for one in (a, b))
+    except UnicodeDecodeError:
+        return False
+    return a_text == b_text
 
 
 def identity(n: int) -> np.ndarray:

@@ -74,7 +74,11 @@ def test_causes_are_what_they_say():
         assert cause is None or causes[cause] > 0, (text, causes)
     # Without `inside`, what the source's token there contains is the cause.
     target, source = fine, tokenizer("byte-level coarse")
-    for text, cause in (("a        b 中 x", "other"), ("x = 1000 10", "digits"), ("a\n\n\tfor\n\n\t", "newline")):
+    for text, cause in (
+        ("a        b 中 x", "part of a source token"),
+        ("x = 1000 10", "digits"),
+        ("a\n\n\tfor\n\n\t", "newline"),
+    ):
         data, a, b = text.encode(), Tokens.of(target, text), Tokens.of(source, text)
         rows_T2 = row_mapper(target, source, "boundary")(data, a, b)
         causes = dict(zip(CAUSES, fallback_causes(data, a, b, target, source, rows_T2, "boundary"), strict=True))

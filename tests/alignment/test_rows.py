@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizer_zoo import LOSSLESS, NAMES, TEXTS, hf, tokenizer
 
 from fusejax.alignment import MAX_CONSUMED, row_map
-from fusejax.alignment.rows import Tokens, map_rows
+from fusejax.alignment.causes import CAUSES, fallback_causes
+from fusejax.alignment.rows import Tokens, map_rows, misread
 from fusejax.errors import UserError
 
 METHODS = ("exact", "boundary", "inside")  # those that go by the text; `mined` has tests of its own
@@ -110,6 +111,40 @@ def test_a_stretch_that_the_source_changes_is_never_stood_inside():
     inside = (target.boundaries > 4) & (target.boundaries < 7)
     assert inside.any()
     assert (rows_T2[inside, 0] < 0).all()
+
+
+@pytest.mark.parametrize("names", [("sentencepiece", "byte-level"), ("byte-level", "sentencepiece")], ids="/".join)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_tokenizer_misreads_falls_back_on_both_sides(names, method):
+    # SentencePiece writes a space '▁', and so reads one where the text has that character itself.
+    text = "the cat ▁sat on the mat"
+    target_tok, source_tok = map(tokenizer, names)
+    rows_T2 = row_map(text, target_tok, source_tok, method)
+    target, source = Tokens.of(target_tok, text), Tokens.of(source_tok, text)
+    sides = {names[0]: target, names[1]: source}
+    wrong = misread(text.encode(), sides["sentencepiece"], tokenizer("sentencepiece"))
+    assert not misread(text.encode(), sides["byte-level"], tokenizer("byte-level")).any()
+    stretch_end = sides["sentencepiece"].boundaries[np.flatnonzero(wrong)[-1]]
+    mark = text.encode().index("▁".encode())
+    assert mark + 3 <= stretch_end < len(text.encode())
+    inside = (target.boundaries > mark) & (target.boundaries <= stretch_end)
+    assert inside.any()
+    assert (rows_T2[inside, 0] < 0).all()
+    causes = fallback_causes(text.encode(), target, source, target_tok, source_tok, rows_T2, method)
+    assert causes[CAUSES.index("normalization")] >= inside.sum()
+    assert (rows_T2[target.boundaries > stretch_end, 0] >= 0).any()
+
+
+def test_canonically_equivalent_text_and_lost_white_space_are_not_misread():
+    changing = tokenizer("byte-level NFC")
+    for text in ("the cat e\u0301 sat", "cat \uf900 sat"):
+        tokens = Tokens.of(changing, text)
+        assert not changing.spells(tokens.ids, text.encode())
+        assert not misread(text.encode(), tokens, changing).any()
+    dropping, text = tokenizer("wordpiece"), "the cat  sat on the mat"
+    tokens = Tokens.of(dropping, text)
+    assert not dropping.spells(tokens.ids, text.encode())
+    assert not misread(text.encode(), tokens, dropping).any()
 
 
 def test_unknown_methods_and_empty_texts():
