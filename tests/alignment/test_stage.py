@@ -58,7 +58,7 @@ def make_job(tmp_path):
 
 
 def write_cache(job, label, name, made="up", nothing_every=0):
-    """A made-up cache of a source, as the stage `sources` leaves it; every nth row may have no token that exists."""
+    """A made-up cache of a source, as the stage `sources` leaves it; every nth row may give no token anything."""
     tok, rng = tokenizer(name), np.random.default_rng(SEED)
     tokens = Store(job.folder / "data/train/tokens" / tok.fingerprint)
     writer = StoreWriter(job.folder / "sources" / label, {"made": made}, len(tokens), len(tokens))
@@ -67,11 +67,11 @@ def write_cache(job, label, name, made="up", nothing_every=0):
         n = len(record["ids"])
         ids = np.stack([rng.choice(tok.vocab_size, TOP_K, replace=False) for _ in range(n)])
         ids[: n - 1, 1] = record["ids"][1:]
-        if nothing_every:
-            ids[::nothing_every] = np.iinfo(np.uint16).max
         logprobs = np.log(np.sort(rng.dirichlet(np.ones(TOP_K + 1), n)[:, :TOP_K])[:, ::-1])
-        rows.append({"ids": ids.astype(np.uint16), "logprobs": logprobs.astype(np.float16),
-                     "ce": -logprobs[:, 1].astype(np.float32)})  # fmt: skip
+        ce = -logprobs[:, 1].astype(np.float32)
+        if nothing_every:
+            logprobs[::nothing_every] = -np.inf
+        rows.append({"ids": ids.astype(np.uint16), "logprobs": logprobs.astype(np.float16), "ce": ce})
     writer.write(0, rows)
     writer.finish({})
     return rows
