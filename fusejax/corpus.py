@@ -5,6 +5,7 @@ one store of tokens for each distinct tokenizer, all in the same order.
 """
 
 import io
+import json
 import os
 import time
 from array import array
@@ -27,6 +28,7 @@ from fusejax.store import Store, StoreWriter, check_inputs, fingerprint, read_ma
 from fusejax.tokenizers import Tokenizer
 
 _PARTS = "parts.npz"
+_MADE_FROM = "corpus.json"
 _SHARD_DOCUMENTS = 64
 _SAY_EVERY_S = 5.0
 _SMALL_BYTES = 32 << 20
@@ -143,6 +145,38 @@ def prepare(config: Config) -> None:
     _Preparation(config, "train", config.corpus, known, heldout).run()
 
 
+def documents(config: Config, split: str = "train") -> Store:
+    """The documents of data/`split`; UserError where `prepare` made them of another corpus, or for other lengths."""
+    folder = config.folder / "data" / split
+    store = Store(folder / "documents")
+    made_from = {"max_length": store.inputs.get("max_length", config.max_length)}
+    wanted: dict[str, str | int] = {"max_length": config.max_length}
+    corpus = config.corpus if split == "train" else config.evaluation.corpus
+    recorded = _recorded(folder)
+    if corpus is not None and recorded is not None:
+        made_from |= recorded
+        wanted |= _settings(corpus, split)
+    remedy = "run the stage `prepare` with this configuration first, or choose another `output`"
+    check_inputs(folder, made_from, wanted, remedy)
+    return store
+
+
+def _recorded(folder: Path) -> dict[str, str | int] | None:
+    """The corpus that `prepare` last found a split's text in; None where nothing is known of it."""
+    try:
+        found = json.loads((folder / _MADE_FROM).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _settings(corpus: CorpusConfig, split: str) -> dict[str, str | int]:
+    """The configuration's keys of a split's corpus, flat."""
+    prefix = "corpus" if split == "train" else "evaluation.corpus"
+    values = corpus.model_dump(mode="json", exclude={"expected_tokens"})
+    return {f"{prefix}.{key}": value for key, value in values.items()}
+
+
 class _Preparation:
     """One split: an index pass (ids), a pass that decides on parts, then documents and tokens, shard by shard."""
 
@@ -154,7 +188,7 @@ class _Preparation:
         known: Sequence[Tokenizer],
         left_out: Collection[str] = (),
     ) -> None:
-        self._title = f"prepare {split}"
+        self._title, self._split_of = f"prepare {split}", split
         self._folder = config.folder / "data" / split
         self._corpus, self._tokenizers, self._max_length = corpus, known, config.max_length
         self._left_out = frozenset(left_out)
@@ -174,6 +208,10 @@ class _Preparation:
             self._write_documents(folder, inputs)
         documents = Store(folder)
         todo = [tokenizer for tokenizer in self._tokenizers if self._write_tokens(documents, tokenizer)]
+        # Not an input: the same text may come from elsewhere. The stages after this one go by it, see `documents`.
+        settings = _settings(self._corpus, self._split_of)
+        if _recorded(self._folder) != settings:
+            write_atomically(self._folder / _MADE_FROM, json.dumps(settings, indent=1))
         if done and not todo:
             say(f"{self._title}: done before, skipped ({len(documents)} documents)")
         return ids

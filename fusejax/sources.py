@@ -24,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import distributed, hosts, models, sharding, tokenizers
+from fusejax import corpus, distributed, hosts, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -49,9 +49,8 @@ def run(config: Config) -> None:
 
 def inputs(config: Config, source: ModelConfig, tokenizer: Tokenizer) -> dict[str, str | int]:
     """What determines a cache's contents, but for the model's weights."""
-    documents = Store(config.folder / "data/train/documents")
     return {
-        "text": fingerprint(documents.inputs),
+        "text": fingerprint(corpus.documents(config).inputs),
         "tokenizer": tokenizer.fingerprint,
         **kind(config, source),
         "max_length": config.max_length,

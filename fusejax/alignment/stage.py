@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusejax import hosts, tokenizers
+from fusejax import corpus, hosts, tokenizers
 from fusejax.alignment import cache
 from fusejax.alignment.causes import fallback_causes
 from fusejax.alignment.chain import GoldChain, pack_chain, unpack_chain
@@ -108,7 +108,7 @@ class Pair:
         self._folder = config.folder / "alignment" / source.label
         self._target, self._source = tokenizers.for_model(config.target), tokenizers.for_model(source)
         self._same = self._target.text_fingerprint == self._source.text_fingerprint
-        self._documents = Store(config.folder / "data/train/documents")
+        self._documents = corpus.documents(config)
         tokens = config.folder / "data/train/tokens"
         self._target_tokens = Store(tokens / self._target.fingerprint)
         self._source_tokens = Store(tokens / self._source.fingerprint)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fusejax import models, sharding, tokenizers
+from fusejax import corpus, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.evaluation import baselines
 from fusejax.evaluation.ensemble import Member, measure_ensemble
@@ -54,7 +54,7 @@ def _inputs(config: Config, model: ModelConfig, documents: Store) -> dict[str, A
 
 
 def _heldout(config: Config) -> Store:
-    return Store(config.folder / "data/heldout/documents")
+    return corpus.documents(config, "heldout")
 
 
 def _tokens(config: Config, model: ModelConfig) -> Store:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fusejax
-from fusejax import models, store, tokenizers
+from fusejax import corpus, models, store, tokenizers
 from fusejax.config import Config
 from fusejax.errors import UserError
 
@@ -27,7 +27,7 @@ def run_folder(config: Config, name: str) -> Path:
 
 def run_inputs(config: Config, name: str) -> dict[str, Any]:
     """What determines a run's result, flat: two runs with equal inputs give equal weights."""
-    documents = store.Store(config.folder / "data/train/documents")
+    documents = corpus.documents(config)
     inputs: dict[str, Any] = {
         "target": models.fingerprint(config.target.model, config.target.revision),
         "tokenizer": tokenizers.for_model(config.target).fingerprint,

@@ -356,6 +356,21 @@ def test_another_method_or_tokenizer_is_refused_and_named(make_job, tmp_path):
         alignment.run(make_job(sources=[other]))
 
 
+def test_documents_of_another_corpus_or_length_are_refused(make_job, tmp_path):
+    job = make_job()
+    alignment.run(job)
+    for changes, message in (
+        ({"max_length": 64}, r"max_length \(512 there, 64 now\)"),
+        ({"corpus": {"path": "/nonexistent.jsonl"}}, r"corpus.path \(.*x.jsonl there, /nonexistent.jsonl now\)"),
+        ({"corpus": job.corpus.model_dump() | {"limit": 2}}, r"corpus.limit \(None there, 2 now\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            alignment.run(config.validate(job.model_dump() | changes))
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "x.jsonl", tmp_path / "moved/x.jsonl")
+    alignment.run(make_job(corpus={"path": str(tmp_path / "moved/x.jsonl")}))  # `prepare` found the same text there
+
+
 def test_a_missing_or_damaged_token_map(make_job):
     job = make_job()
     folder = job.folder / "alignment/other"
