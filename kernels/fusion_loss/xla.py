@@ -6,12 +6,13 @@ from fusejax.kernels.fusion_loss.terms import Options, Slopes, Statistics
 from jax import Array
 
 BLOCK_ELEMENTS = 1 << 24  # of one block of logits on a device: 64 MB in float32
+LEAST_TOKENS = 512  # fewer, and reading and writing the gradient of the unembedding once a block takes too much of it
 
 
 def block_tokens(columns: int, dtype: jnp.dtype) -> int:
     """Tokens of one block on a device that holds so many columns of the vocabulary."""
     del dtype  # the logits are float32, whatever the factors are
-    return max(8, BLOCK_ELEMENTS // columns)
+    return max(LEAST_TOKENS, BLOCK_ELEMENTS // columns)
 
 
 def statistics(
