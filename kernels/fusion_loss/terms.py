@@ -22,7 +22,7 @@ Implementation = Literal["xla", "tpu", "gpu"]
 
 
 class Options(NamedTuple):
-    """What is fixed at compile time. `block`: tokens of one block of logits on each device; None: the implementation chooses."""
+    """What is fixed at compile time. `block`: tokens of a block of logits on each device; None: as the kernel likes."""
 
     block: int | None = None
     placement: Placement | None = None  # None: everything on one device
