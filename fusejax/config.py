@@ -104,6 +104,7 @@ class LossConfig(Section):
     temperature: float = Field(1.0, ge=1e-3, le=1e3)
     tail: Literal["tail", "renormalize"] = "tail"
     z_loss: float = Field(0.0, ge=0)  # z_loss * logsumexp(logits)^2 is added
+    model_entropy: bool = False  # among the metrics; one more pass over the logits, 10 to 40% of the loss on a CPU
 
 
 class OptimizerConfig(Section):

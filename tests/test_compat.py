@@ -159,7 +159,7 @@ def test_documents_of_a_sequence_are_one_segment_and_share_one_ce(make_job):
 
 
 def test_a_job_runs(make_job):
-    job = make_job(compat="fusellm", batch={"sequences": 4, "steps": 2})
+    job = make_job(compat="fusellm", batch={"sequences": 4, "steps": 2}, loss={"model_entropy": True})
     sources.run(job)
     alignment.run(job)
     training.train(job, "fused")

@@ -46,7 +46,7 @@ def make_step(
 
         gradients, sums = accumulate(sums_of, state["params"], batch, config, mesh)
         gradients = tuning.mask_frozen(config, gradients)
-        values = means(sums)
+        values = means(sums, config.loss.model_entropy)
         values["gradient_norm"] = optimizers.global_norm(gradients)
         values["learning_rate"] = schedule(state["step"] - state["guard"]["skipped"])  # skipped steps do not count
         values["weight_clm"] = weight_clm
@@ -108,7 +108,7 @@ def batch_sums(
         "mesh": mesh,
         "logit_cap": model.config.logit_softcap,
         "z_loss": config.loss.z_loss,
-        "model_entropy": True,
+        "model_entropy": config.loss.model_entropy,
         "implementation": config.kernels.fusion_loss,
     }
     if not tables:
@@ -135,12 +135,13 @@ def batch_sums(
     return sums.total, {"loss": sums, "rows": fusion.fusion_sums(fused, counted)}
 
 
-def means(sums: dict[str, Any]) -> dict[str, jax.Array]:
+def means(sums: dict[str, Any], model_entropy: bool = False) -> dict[str, jax.Array]:
     """The metrics of a batch, from its sums."""
     losses = sums["loss"]
     count = jnp.maximum(losses.count, 1.0)
     values = {"loss": losses.total / count, "clm_loss": losses.clm / count, "tokens": losses.count}
-    values["model_entropy"] = losses.model_entropy / count
+    if model_entropy:
+        values["model_entropy"] = losses.model_entropy / count
     if "rows" in sums:
         rows = sums["rows"]
         n_rows = jnp.maximum(rows.count, 1.0)
