@@ -31,7 +31,7 @@ test-latest: .venv-latest/installed
 
 # Compiles for TPUs and H100s that are not here (some minutes for each 7B step).
 test-aot: .venv-aot/installed
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -v -p no:xdist tests/aot
+	FUSEJAX_REQUIRE_AOT=1 JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -v -p no:xdist tests/aot
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

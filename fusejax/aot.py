@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+class NotInstalledError(UserError):
+    """What compiles for a machine is not installed."""
+
+
 class Traffic(NamedTuple):
     """How often collectives of one kind run in one execution, and the bytes of all their results on each device."""
 
@@ -77,7 +82,7 @@ class Program:
 def topology(name: str) -> Sequence[Any]:
     """The devices of a machine by its name: TPU:SHAPE as in `v5p:2x2x2` and `v6e:2x4`, or `h100:N`.
 
-    Raises UserError for a name that is not known, and where what compiles for it is not installed.
+    Raises UserError for a name that is not known, NotInstalledError where what compiles for it is missing.
     """
     kind, colon, shape = name.partition(":")
     if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
@@ -93,7 +98,8 @@ def _tpu(name: str) -> Sequence[Any]:
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise UserError(f"topology {name!r}: needs libtpu; pip install 'jax[tpu]=={jax.__version__}'") from None
+        wanted = f"pip install 'jax[tpu]=={jax.__version__}'"
+        raise NotInstalledError(f"topology {name!r}: needs libtpu; {wanted}") from None
     # Without these libtpu asks the cloud's metadata server which TPU it is on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # It would let one process of a machine in alone, which matters where there is a TPU.
@@ -106,15 +112,20 @@ def _tpu(name: str) -> Sequence[Any]:
 
 def _h100(shape: str) -> Sequence[Any]:
     if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 12):
-        raise UserError(f"topology 'h100:{shape}': needs jax >= 0.12, here is {jax.__version__}")
+        raise NotInstalledError(f"topology 'h100:{shape}': needs jax >= 0.12, here is {jax.__version__}")
+    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            wanted = f"pip install --no-deps {package}=={jax.__version__}"
+            raise NotInstalledError(f"topology 'h100:{shape}': needs {package}; {wanted}") from None
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     whole = "x".join(["1", "1", *shape.split("x")][-3:])
     try:
         found = topologies.get_topology_desc(platform="cuda", topology_name=shape, target_config=_H100, topology=whole)
         return found.devices
     except Exception as error:
-        needs = "jax-cuda13-plugin and jax-cuda13-pjrt, which belong to jaxlib"
-        raise UserError(f"topology 'h100:{shape}': needs {needs}: {_first_line(error)}") from None
+        raise UserError(f"topology 'h100:{shape}': the CUDA compiler refuses it: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,7 +241,7 @@ def _made_from(path: Path) -> Any:
         return None
 
 
-class _Shards(Pair):
+class _Shards(Pair, ABC):
     """Makes shards of one of a pair's stores, in any process."""
 
     def __init__(self, config: Config, source: ModelConfig, folder: Path, inputs: Inputs) -> None:
@@ -250,8 +251,9 @@ class _Shards(Pair):
     def __call__(self, shard: int, span: range) -> None:
         self._writer.write(shard, [self.record(i) for i in span])
 
+    @abstractmethod
     def record(self, i: int) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """What the store holds of document i."""
 
 
 class _RowMaps(_Shards):
