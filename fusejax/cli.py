@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fusejax import __version__, bench, config
+from fusejax import __version__, bench, config, settings
 from fusejax.errors import Resumable, UserError
 
 # What the stages do, in the order in which `train.py` runs them.
@@ -163,7 +163,7 @@ def _evaluate_models(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {value} should be at least 1")
     standalone.run(
         [options.config, *options.overrides],
-        config.check(given, config.CorpusConfig, "--corpus"),
+        settings.check(given, config.CorpusConfig, "--corpus"),
         json_path=options.json,
         kind=options.ensemble,
         weights=options.weights,
@@ -280,7 +280,7 @@ def _methods(overrides: list[str]) -> config.AlignmentConfig:
         if key not in ("alignment.rows", "alignment.tokens"):
             raise UserError(f"{override!r}: with --text only alignment.rows and alignment.tokens can be set")
         values[key.removeprefix("alignment.")] = method
-    return config.check(values, config.AlignmentConfig, "alignment")
+    return settings.check(values, config.AlignmentConfig, "alignment")
 
 
 def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -5,8 +5,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusejax import config
-from fusejax.config import CorpusConfig, ModelConfig, Section
+from fusejax import settings
+from fusejax.config import CorpusConfig, ModelConfig
+from fusejax.settings import Section
 
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "sce", "greedy_soup"]
 
@@ -110,6 +111,6 @@ def load(path: str | Path, overrides: list[str] | None = None) -> MergeConfig:
 
     Raises UserError with one line that names the file and the key.
     """
-    values = config.read(path, overrides)
+    values = settings.read(path, overrides)
     values.setdefault("output", f"merged/{Path(path).stem}")
-    return config.check(values, MergeConfig, str(path))
+    return settings.check(values, MergeConfig, str(path))

@@ -1,0 +1,121 @@
+"""YAML files of settings: read, changed from the command line, and checked against declared sections of keys.
+
+A section is a pydantic model: each key is declared once, with its default and its range. Every mistake is one line that
+names the file and the key, with the nearest key that there is for one that there is not.
+"""
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fusejax.errors import UserError
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error, and so is a number that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def read(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The values of a YAML file with `key=value` overrides, not validated; UserError, naming the file."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: should hold `key: value` lines, as in configs/quickstart.yaml")
+    for override in overrides or []:
+        _apply(values, override)
+    return values
+
+
+def check(values: dict[str, Any], section: type[AnySection], where: str) -> AnySection:
+    """`values` as a section of keys, or a UserError naming the key."""
+    _refuse_unknown(values, section, "", where)
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        got = f" (got {first['input']!r})" if first["type"] not in ("missing", "value_error") else ""
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}{got}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override has the form key=value, for example batch.sequences=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    *parents, last = key.split(".")
+    node: Any = values
+    for part in parents:
+        child = _step(node, part, override)
+        if child is None or isinstance(child, str):
+            # `target: NAME` is short for `target: {model: NAME}`.
+            child = {"model": child} if isinstance(child, str) else {}
+            node[int(part) if isinstance(node, list) else part] = child
+        node = child
+    if isinstance(node, list):
+        _step(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _step(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"{override!r}: {part!r} should be an index below {len(node)}")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise UserError(f"{override!r}: there is nothing below {part!r} to set")
+    return node.get(part)
+
+
+def _refuse_unknown(values: Any, section: type[Section], prefix: str, where: str) -> None:
+    """Unknown keys get their own message, with the nearest known key."""
+    if isinstance(values, list | tuple):
+        for i, value in enumerate(values):
+            _refuse_unknown(value, section, f"{prefix}{i}.", where)
+    if not isinstance(values, dict):
+        return
+    known = section.model_fields
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else "known here: " + ", ".join(known)
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+        inner = _section_of(section, str(key))
+        if inner is not None:
+            _refuse_unknown(value, inner, f"{prefix}{key}.", where)
+
+
+def _section_of(section: type[Section], key: str) -> type[Section] | None:
+    """The section that a key holds, alone, optional or in a tuple."""
+    annotation = section.model_fields[key].annotation
+    for kind in getattr(annotation, "__args__", (annotation,)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
