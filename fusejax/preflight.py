@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fusejax import corpus, hub, metrics, models, sharding, tokenizers
+from fusejax import corpus, hub, metrics, models, sharding, tokenizer_files, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
@@ -82,7 +82,7 @@ def check_model(model: ModelConfig) -> None:
     models.read_config(cached)
     if _has_all_weights(cached):  # what is missing in the cache will be fetched
         _check_weights(cached)
-    if tokenizers.has_files(cached):
+    if tokenizer_files.has_files(cached):
         _check_tokenizer(Tokenizer.load(str(cached), bos=model.bos), cached, model.model)
 
 
@@ -110,7 +110,7 @@ def _refuse_missing(name: str, folder: Path) -> None:
     parts = {
         "config.json": (folder / "config.json").exists(),
         "weights (model.safetensors)": _has_weights(folder),
-        "a tokenizer (tokenizer.json)": tokenizers.has_files(folder),
+        "a tokenizer (tokenizer.json)": tokenizer_files.has_files(folder),
     }
     missing = [part for part, there in parts.items() if not there]
     if missing:

@@ -8,12 +8,11 @@ import os
 import weakref
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusejax import canonical, hub, sentencepiece_model
+from fusejax import canonical, tokenizer_files
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.store import fingerprint
@@ -67,7 +66,7 @@ class Tokenizer:
         cls, model: str, revision: str | None = None, bos: str = "auto", split_special: bool = True
     ) -> "Tokenizer":
         """The tokenizer of a local folder or a hub name; UserError where there is none or the hub is out of reach."""
-        return _loaded(model, revision, bos, split_special, _files(model))
+        return _loaded(model, revision, bos, split_special, tokenizer_files.stamps(model))
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokenizer":
@@ -311,123 +310,14 @@ def _backend(made_from: Any, split_special: bool) -> Any:
     return backend
 
 
-def _files(model: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of a local folder's small files: a changed tokenizer is loaded anew."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        return ()
-    found = [(file.name, file.stat()) for file in folder.iterdir() if file.suffix in (".json", ".model", ".txt")]
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
-
-
 @lru_cache(maxsize=16)  # every stage asks for the same few
 def _loaded(
     model: str, revision: str | None, bos: str, split_special: bool, files: tuple[tuple[str, int, int], ...]
 ) -> Tokenizer:
-    hf = _load(model, revision)
-    # transformers makes an empty tokenizer, without a word, where the files of one are missing.
-    if not set(hf.get_vocab()).difference(hf.all_special_tokens):
-        _refuse_missing(model)
+    hf = tokenizer_files.load(model, revision)
     return Tokenizer(hf, name=model, split_special=split_special, copy=False, bos=bos)
-
-
-def has_files(folder: Path) -> bool:
-    """Whether a folder holds a vocabulary in any of the forms that tokenizers are saved in."""
-    forms = ("tokenizer.json", "*.model", "vocab*", "merges.txt", "*.tiktoken", "*.bpe")
-    return any(any(folder.glob(form)) for form in forms)
-
-
-def _refuse_missing(model: str) -> None:
-    """UserError where a local folder holds no tokenizer at all."""
-    folder = Path(model).expanduser()
-    if folder.is_dir() and not has_files(folder):
-        raise UserError(
-            f"{model}: this folder holds no tokenizer; put the model's tokenizer.json (or tokenizer.model) there"
-        )
 
 
 def _puts_bos(hf: Any, bos_id: int) -> bool:
     with_specials, without = hf("a").input_ids, hf("a", add_special_tokens=False).input_ids
     return len(with_specials) > len(without) and with_specials[0] == bos_id
-
-
-def _load(model: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    local = hub.is_local(model)
-    if local and not Path(model).expanduser().is_dir():
-        raise UserError(f"{model}: no such model folder")
-    name = str(Path(model).expanduser()) if local else model
-    raw = _raw_sentencepiece(name, revision)
-    if raw is not None:
-        return raw
-    try:
-        return _as_filed(AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True), name, revision)
-    except Exception as error:  # `tokenizers` raises Exception itself for a file that it cannot read
-        if local:
-            _refuse_missing(model)
-            _check_config(Path(name))
-            raise UserError(f"{model}: no tokenizer can be loaded from this folder ({_first_line(error)})") from None
-    hub.require_reachable(model, "model")
-    try:
-        hf = AutoTokenizer.from_pretrained(name, revision=revision)
-        return _raw_sentencepiece(name, revision) or _as_filed(hf, name, revision)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{model}: its tokenizer cannot be loaded from the hub ({_first_line(error)})") from None
-
-
-def _check_config(folder: Path) -> None:
-    """UserError where a config.json is broken: transformers reads it for the tokenizer too, and blames that."""
-    from fusejax.models import files
-
-    if (folder / "config.json").exists():
-        files.read_json(folder / "config.json")
-
-
-def _find(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a folder, or of a hub name in the local cache."""
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        name,
-        file,
-        revision=revision,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return Path(found) if found else None
-
-
-def _raw_sentencepiece(name: str, revision: str | None) -> Any:
-    """The tokenizer of a folder or hub name that has only a SentencePiece model, else None."""
-    path = _find(name, "tokenizer.model", revision)
-    if path is None or _find(name, "tokenizer.json", revision) is not None:
-        return None
-    return sentencepiece_model.load(path, _find(name, "tokenizer_config.json", revision))
-
-
-def _as_filed(hf: Any, name: str, revision: str | None) -> Any:
-    """`hf`, or where it does otherwise than its tokenizer.json on some probe, that file's tokenizer.
-
-    transformers makes the backend of some classes (LlamaTokenizer) anew from its vocabulary and merges, and then
-    spaces at the beginning of a text become other tokens.
-    """
-    from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
-
-    path, made = _find(name, "tokenizer.json", revision), getattr(hf, "backend_tokenizer", None)
-    if path is None or made is None:
-        return hf
-    filed = Backend.from_file(str(path))
-    if all(
-        filed.encode(probe, add_special_tokens=False).ids == made.encode(probe, add_special_tokens=False).ids
-        for probe in sentencepiece_model.PROBES
-    ):
-        return hf
-    return PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main", local_files_only=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fusejax import export, models, store, tokenizers
+from fusejax import export, models, store, tokenizer_files, tokenizers
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
@@ -89,7 +89,7 @@ def require_one_vocabulary(checkpoints: list[Checkpoint], given: list[ModelConfi
     """
     known: list[tuple[Checkpoint, Tokenizer]] = []
     for checkpoint, model in zip(checkpoints, given, strict=True):
-        if tokenizers.has_files(checkpoint.folder):
+        if tokenizer_files.has_files(checkpoint.folder):
             known.append((checkpoint, tokenizers.for_model(model)))
     for checkpoint, tokenizer in known[1:]:
         first, ours = known[0]
