@@ -91,16 +91,18 @@ def test_loglikelihood(pair):
 
 def test_a_greedy_continuation_is_known(pair):
     """Of some prompts the continuation is not text that the tokenizer would write so; of others it has to be."""
-    known = []
-    for prompt in ("The cat", "The dog sat on", "class Cat", "def sit(self", "A mat", "over the hills"):
-        (text,) = pair[0].generate_until(instances("generate_until", [(prompt, {"until": [], "max_gen_toks": 3})]))
-        context, whole = pair[0].tok_encode(prompt), pair[0].tok_encode(prompt + text)
-        if not text or whole[: len(context)] != context or pair[0].tokenizer.decode(whole) != prompt + text:
-            continue
-        ours, theirs = (lm.loglikelihood(instances("loglikelihood", [(prompt, text)])) for lm in pair)
-        assert ours[0][1] == theirs[0][1]
-        known.append(ours[0][1])
-    assert any(known)
+    text = "The cat sat on the mat, and the dog ran over the log: def sit(self, mat): return mat"
+    prompts = [text[:n] for n in range(3, len(text), 2)]
+    arguments = [(prompt, {"until": [], "max_gen_toks": 1}) for prompt in prompts]
+    continued = pair[0].generate_until(instances("generate_until", arguments))
+    written = [
+        (prompt, more)
+        for prompt, more in zip(prompts, continued, strict=True)
+        if more and pair[0].tok_encode(prompt + more)[:-1] == pair[0].tok_encode(prompt)
+    ]
+    ours, theirs = ([greedy for _, greedy in lm.loglikelihood(instances("loglikelihood", written))] for lm in pair)
+    assert ours == theirs
+    assert any(ours)
 
 
 def test_loglikelihood_rolling(pair):
