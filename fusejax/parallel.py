@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from fusejax.errors import UserError
@@ -54,12 +54,11 @@ def _in_processes(make: Callable[[], Work], shards: Sequence[Shard], workers: in
     # JAX has threads, which a forked process does not survive.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(make,)) as pool:
-        waiting = {pool.submit(_do, shard, span): span for shard, span in shards}
+        spans = {pool.submit(_do, shard, span): span for shard, span in shards}
         try:
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    bar.advance(len(waiting.pop(future)))
+            for future in as_completed(spans):
+                future.result()
+                bar.advance(len(spans[future]))
         except BrokenProcessPool:
             raise UserError(
                 "a worker process died, perhaps for want of memory; run the same command again with fewer of them "
