@@ -28,7 +28,7 @@ def run_shards(title: str, make: Callable[[], Work], shards: Sequence[Shard], wo
     """
     if not shards:
         return
-    limit = workers or _usable_cpus()
+    limit = workers or usable_cpus()
     left = list(shards)
     with progress(title, sum(len(span) for _, span in shards)) as bar:
         work, started, done = make(), time.monotonic(), 0
@@ -43,7 +43,8 @@ def run_shards(title: str, make: Callable[[], Work], shards: Sequence[Shard], wo
             bar.advance(len(span))
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

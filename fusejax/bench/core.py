@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from fusejax.parallel import usable_cpus
 from fusejax.progress import console, progress, say
 
 
@@ -148,18 +149,13 @@ def _process_status(key: str) -> int | None:
     return None
 
 
-def threads() -> int:
-    """Processor cores that this process may use; XLA's CPU backend starts as many threads."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> dict[str, Any]:
     """Processor, cores, threads, memory, versions and devices, for the JSON's `machine`."""
     device = jax.devices()[0]
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "threads": threads(),
+        "threads": usable_cpus(),  # XLA's CPU backend starts as many
         "memory_bytes": _memory_bytes(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": platform.platform(terse=True),

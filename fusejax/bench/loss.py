@@ -20,6 +20,7 @@ import numpy as np
 from fusejax import fusion, loss
 from fusejax.bench import core, positive
 from fusejax.errors import UserError
+from fusejax.parallel import usable_cpus
 
 WEIGHT_CLM = 0.9
 SOURCES = 3
@@ -142,7 +143,7 @@ def torch_dense(example: tuple[jax.Array, ...]) -> Callable[[], Any]:
     """The loss of the paper's code; each source's bfloat16 targets [T, V] are made beforehand, as its collator does."""
     import torch
 
-    torch.set_num_threads(core.threads())
+    torch.set_num_threads(usable_cpus())
     states, unembedding, labels, _, _, ids, probs = (np.asarray(x.astype(jnp.float32)) for x in example)
     hidden = torch.tensor(states, requires_grad=True)
     weight = torch.tensor(unembedding, requires_grad=True)

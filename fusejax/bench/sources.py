@@ -24,6 +24,7 @@ from fusejax import config, corpus, models, scoring, sharding, sources, tokenize
 from fusejax.bench import core, positive
 from fusejax.config import Config
 from fusejax.errors import UserError
+from fusejax.parallel import usable_cpus
 from fusejax.store import Store, StoreWriter
 from fusejax.tokenizers import Tokenizer
 
@@ -153,7 +154,7 @@ class _Bench:
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(core.threads())
+        torch.set_num_threads(usable_cpus())
         dtype = getattr(torch, self._job.precision.compute)
         model = AutoModelForCausalLM.from_pretrained(self._source.model, dtype=dtype).eval()
         batches = [torch.tensor(ids_BL, dtype=torch.long) for _, ids_BL in self._batches()]

@@ -22,6 +22,7 @@ from fusejax.batches import Batches
 from fusejax.bench import core
 from fusejax.config import Config
 from fusejax.errors import UserError
+from fusejax.parallel import usable_cpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +143,7 @@ def torch_step(job: Config, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(core.threads())
+    torch.set_num_threads(usable_cpus())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = models.local_folder(job.target.model, job.target.revision)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
