@@ -11,7 +11,7 @@ from fusejax import tokenizers
 from fusejax.alignment import cache
 from fusejax.alignment.quality import KINDS, row_kinds
 from fusejax.alignment.rows import Tokens, row_mapper
-from fusejax.alignment.stage import load_token_table
+from fusejax.alignment.stage import read_token_table
 from fusejax.alignment.tokens import TokenTable, table_columns
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
@@ -62,7 +62,7 @@ def show_document(config: Config, document: str, source: str | None) -> None:
     target_tok, source_tok = tokenizers.for_model(config.target), tokenizers.for_model(model)
     folder = config.folder / "alignment" / model.label
     if (folder / "manifest.json").exists() or config.alignment.tokens == "stats":
-        table = TokenTable(*map(np.asarray, load_token_table(folder)))
+        table = read_token_table(folder)
     else:
         columns = table_columns(source_tok, config.alignment.rows)
         table = cache.token_table(target_tok, source_tok, config.alignment.tokens, columns)

@@ -15,7 +15,7 @@ from fusejax.alignment.causes import fallback_causes
 from fusejax.alignment.chain import GoldChain, pack_chain, unpack_chain
 from fusejax.alignment.quality import KINDS, Quality, measure, row_kinds, top_tokens
 from fusejax.alignment.rows import Tokens, row_mapper
-from fusejax.alignment.tokens import table_columns
+from fusejax.alignment.tokens import TokenTable, table_columns
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.parallel import run_shards
@@ -71,17 +71,21 @@ def read_report(folder: Path, label: str) -> dict[str, Any]:
 
 
 def load_token_table(folder: str | Path) -> "fusion.TokenTable":
-    """The token table (host arrays) that the stage left in alignment/<label>."""
+    """`read_token_table` (host arrays) as the fusion takes it; needs JAX."""
     from fusejax import fusion
 
+    return fusion.TokenTable(*read_token_table(folder))  # type: ignore[arg-type]
+
+
+def read_token_table(folder: str | Path) -> TokenTable:
+    """What the stage left in alignment/<label>. Raises UserError where there is no token table, or a damaged one."""
     path = Path(folder) / _TABLE
     try:
-        table = cache.unpack(path.read_bytes())
+        return cache.unpack(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no token map here; run the stage `align` first") from None
     except cache.DAMAGED as error:
         raise UserError(f"{path}: cannot be read ({error}); remove {folder} and run the stage `align` again") from None
-    return fusion.TokenTable(table.ids, table.prefix_hash)  # type: ignore[arg-type]
 
 
 class Chains:
@@ -201,7 +205,7 @@ class Pair:
 
         Which rows are left empty shows in the cache only, so all numbers are then those of the sample.
         """
-        total, table = Quality(), cache.unpack((self._folder / _TABLE).read_bytes())
+        total, table = Quality(), read_token_table(self._folder)
         chains = Chains(self._config, self._label) if cached and self._config.alignment.gold_chain else None
         every = 1 if cached is None else -(-len(self._documents) // _SAMPLE)
         sample, row_maps = range(0, len(self._documents), every), Store(self._folder)
