@@ -139,11 +139,12 @@ class Pair:
 
     def _make(self, what: str, folder: Path, inputs: Inputs, kind: "type[_Shards]", table: bool = False) -> bool:
         writer = StoreWriter(folder, inputs, len(self._documents))
-        done = writer.done and (not table or _is_whole(folder / _TABLE))
+        table_missing = table and not _is_whole(folder / _TABLE)
+        done = writer.done and not table_missing
         hosts.wait_for_all(f"align {self._label}{what}: read")  # by all, before one of them changes it
         if done:
             return False
-        if table and hosts.index_and_count()[0] == 0:
+        if table_missing and hosts.index_and_count()[0] == 0:
             self._write_table()  # first, so that a complete store always has one beside it
         title = f"align {self._label}{what}"
         maker = partial(kind, self._config, self._model, folder, inputs)

@@ -347,6 +347,21 @@ def test_goes_on_after_an_interruption(make_job, monkeypatch, at):
     assert files(whole.folder / "alignment") == files(job.folder / "alignment")
 
 
+def test_going_on_counts_no_second_time(make_job, monkeypatch):
+    job = make_job(alignment={"rows": "boundary", "tokens": "stats"})
+    counted = []
+    monkeypatch.setattr(cache.tokens, "token_table", lambda *args: counted.append(args) or token_table(*args))
+    alignment.run(job)
+    folder = job.folder / "alignment/other"
+    whole = files(folder)
+    (folder / "000000.array_record").unlink()
+    n = len(counted)
+    assert n
+    alignment.run(job)
+    assert len(counted) == n
+    assert files(folder) == whole
+
+
 def test_another_method_or_tokenizer_is_refused_and_named(make_job, tmp_path):
     alignment.run(make_job())
     with pytest.raises(UserError, match="made with other settings: rows"):
