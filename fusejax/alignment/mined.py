@@ -69,9 +69,9 @@ class MinedRows:
         self._source, self._target = Spellings(source_tok), Spellings(target_tok)
         self._images_V = cache.token_table(target_tok, source_tok, "mined", 1).ids[:, 0]
         self._target_surfaces, self._source_surfaces = target_tok.surfaces, source_tok.surfaces
-        self._ids = ids_of_surfaces(target_tok)
-        self._code_T = _codes(target_tok.surfaces, self._ids)
-        self._same_V = _codes(source_tok.surfaces, self._ids)
+        target_ids = ids_of_surfaces(target_tok)
+        self._code_T = _codes(target_tok.surfaces, target_ids)
+        self._same_V = _codes(source_tok.surfaces, target_ids)
         self._source_marks_first = source_tok.writes_dummy_prefix
         self._source_ids = ids_of_surfaces(source_tok)
 

@@ -59,7 +59,7 @@ def row_mapper(
     if target_tok.text_fingerprint == source_tok.text_fingerprint:
         return lambda _data, target, _source: identity(len(target.ids))
     if method == "mined":
-        from fusejax.alignment.mined import MinedRows  # it loads a compiler
+        from fusejax.alignment.mined import MinedRows  # which builds on this module
 
         mined = MinedRows(target_tok, source_tok)
         return lambda _data, target, source: mined(target, source)

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusejax.alignment import mined
+from fusejax.alignment.mined import NO_TOKEN
 from fusejax.alignment.rows import MAX_CONSUMED, Tokens
 from fusejax.tokenizers import Tokenizer
 
 METHODS = ("exact", "mined", "stats", "prefix")
-NO_TOKEN = -1
 # A token can have several roles ('<|endoftext|>' is BOS, EOS and unknown in one); the first that the target has counts.
 _ROLE_ORDER = ("eos", "bos", "pad", "unk")
 
@@ -69,13 +70,10 @@ def token_table(
     ids_VC = _map_rests(target_tok, source_tok, columns, first=method == "prefix")
     if target_tok.text_fingerprint == source_tok.text_fingerprint:
         ids_VC[:, 0] = np.arange(len(ids_VC), dtype=np.int32)
-    elif method in ("mined", "stats"):
-        from fusejax.alignment import mined  # it loads a compiler
-
-        if method == "stats" and sample is not None:
-            ids_VC[:, 0] = mined.counted_images(target_tok, source_tok, sample)
-        else:
-            ids_VC[:, 0] = mined.token_images(target_tok, source_tok)
+    elif method == "mined":
+        ids_VC[:, 0] = mined.token_images(target_tok, source_tok)
+    elif method == "stats" and sample is not None:
+        ids_VC[:, 0] = mined.counted_images(target_tok, source_tok, sample)
     for v, image in _by_role(target_tok, source_tok).items():
         ids_VC[v, 0] = image
     return TokenTable(ids_VC, prefix_hashes(source_tok, columns))
