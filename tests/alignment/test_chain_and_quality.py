@@ -1,12 +1,10 @@
 """Gold chains against a plain computation, and the quality report against the device's own mapping."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizer_zoo import TEXTS, tokenizer
+from tokenizer_zoo import TEXTS, shared, tokenizer
 
 from fusejax.alignment import GoldChain, quality, token_table
 from fusejax.alignment.quality import KINDS
@@ -180,25 +178,22 @@ def test_the_unmapped_cross_entropy_is_that_of_the_covered_rows_row_by_row(gold_
     assert report["source_top_ce_per_byte"] == pytest.approx(nats / size, rel=1e-5)
 
 
-def _shared():
-    folder = os.environ.get("FUSEJAX_SHARED") or Path(__file__).resolve().parents[3] / "shared"
-    return Path(folder) / "fixtures"
+FIXTURES = shared() / "fixtures"
 
 
-@pytest.mark.skipif(not (_shared() / "alignment").exists(), reason="the rows of a real source are not on this machine")
+@pytest.mark.skipif(not (FIXTURES / "alignment").exists(), reason="the rows of a real source are not on this machine")
 @pytest.mark.parametrize(
     ("name", "share", "ce"), [("llama", 0.964, 3.73), ("gptneox20b", 0.989, 4.35)], ids=["llama", "neox"]
 )
 def test_real_rows(name, share, ce):
-    folder = _shared()
-    texts = [json.loads(line)["text"] for line in (folder / "alignment/texts.jsonl").open(encoding="utf-8")]
-    saved = np.load(folder / "alignment/smollm2.npz")
-    source_tok = Tokenizer.load(str(folder / "tokenizers/smollm2"))
+    texts = [json.loads(line)["text"] for line in (FIXTURES / "alignment/texts.jsonl").open(encoding="utf-8")]
+    saved = np.load(FIXTURES / "alignment/smollm2.npz")
+    source_tok = Tokenizer.load(str(FIXTURES / "tokenizers/smollm2"))
     rows = []
     for text, a, b in zip(texts, saved["offsets"], saved["offsets"][1:], strict=False):
         assert (source_tok.encode(text)[0] == saved["ids"][a:b]).all()
         rows.append({"ids": saved["top_ids"][a:b], "logprobs": saved["top_logprobs"][a:b], "ce": saved["ce"][a:b]})
-    report = quality(rows, texts, Tokenizer.load(str(folder / "tokenizers" / name)), source_tok)
+    report = quality(rows, texts, Tokenizer.load(str(FIXTURES / "tokenizers" / name)), source_tok)
     assert report["share"] >= share
     assert report["mapped_ce"] <= ce
 
