@@ -125,14 +125,14 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
     text = parser.add_argument_group("models without a job", "bits per byte of Hugging Face folders or hub names")
     text.add_argument("--corpus", metavar="PATH", help="text of any length: a file, a folder, tfds:, huggingface:")
-    text.add_argument("--split", default="train", help="of a data set (default train)")
-    text.add_argument("--text-key", default="text", help="the column that holds the text (default text)")
+    text.add_argument("--split", help="of a data set (default train)")
+    text.add_argument("--text-key", help="the column that holds the text (default text)")
     text.add_argument("--domain-key", help="the column that names each document's domain")
     text.add_argument("--limit", type=int, help="at most so many documents of each domain")
     text.add_argument("--max-length", type=int, help="tokens of a window (default: the model's context)")
     text.add_argument("--stride", type=int, help="tokens by which windows advance (default: half a window)")
-    text.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one forward pass (default 8192)")
-    text.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="(default float32)")
+    text.add_argument("--batch-tokens", type=int, help="tokens of one forward pass (default 8192)")
+    text.add_argument("--compute", choices=("float32", "bfloat16"), help="(default float32)")
     text.add_argument(
         "--ensemble", choices=("probability", "log_probability"), help="what is averaged; adds the models' ensemble"
     )
@@ -152,26 +152,48 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--html", metavar="FILE", help="write it as a page with plots")
 
 
+# What belongs to `evaluate` with --corpus alone, and to `report` of finished jobs alone.
+_MEASURING = ("split", "text_key", "domain_key", "limit", "max_length", "stride", "batch_tokens", "compute", "ensemble",
+              "weights", "json")  # fmt: skip
+_TABLES = ("csv", "markdown", "html")
+
+
 def _evaluate_models(options: argparse.Namespace) -> None:
     from fusejax.evaluation import standalone
 
-    given = {"path": options.corpus, "split": options.split, "text_key": options.text_key}
-    given |= {"domain_key": options.domain_key, "limit": options.limit}
+    if options.ensemble is None:
+        _refuse(options, "without --ensemble", "weights")
     for name in ("max_length", "stride", "batch_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value} should be at least 1")
+            raise UserError(f"{_flag(name)}: {value} should be at least 1")
+    corpus = {"path": options.corpus, **_given(options, "split", "text_key", "domain_key", "limit")}
     standalone.run(
         [options.config, *options.overrides],
-        settings.check(given, config.CorpusConfig, "--corpus"),
+        settings.check(corpus, config.CorpusConfig, "--corpus"),
         json_path=options.json,
         kind=options.ensemble,
         weights=options.weights,
-        max_length=options.max_length,
-        stride=options.stride,
-        batch_tokens=options.batch_tokens,
-        compute=options.compute,
+        **_given(options, "max_length", "stride", "batch_tokens", "compute"),
     )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of these options that were given."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if not (value is None or value is False)}
+
+
+def _refuse(options: argparse.Namespace, form: str, *names: str) -> None:
+    """UserError where an option is given that this form of a command has no use for."""
+    given = ", ".join(map(_flag, _given(options, *names)))
+    if given:
+        command = options.command
+        raise UserError(f"{command} {form}: has no use for {given} (see fusejax {command} --help)")
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -265,13 +287,6 @@ def _inspect(options: argparse.Namespace) -> None:
         alignments.show_document(job, options.document or "0", options.source)
 
 
-def _refuse(options: argparse.Namespace, form: str, *names: str) -> None:
-    """UserError where an option is given that this form of `inspect` has no use for."""
-    given = [f"--{name}" for name in names if not (getattr(options, name) is None or getattr(options, name) is False)]
-    if given:
-        raise UserError(f"inspect {form}: has no use for {', '.join(given)} (see fusejax inspect --help)")
-
-
 def _methods(overrides: list[str]) -> config.AlignmentConfig:
     """`alignment.rows=...` and `alignment.tokens=...`, without a configuration."""
     values = {}
@@ -336,6 +351,10 @@ def _command(arguments: Sequence[str] | None) -> None:
 
         comparison.run([options.config, *options.overrides], options.csv, options.markdown, options.html)
         return
+    if options.command == "evaluate":
+        _refuse(options, "without --corpus", *_MEASURING)
+    if options.command == "report":
+        _refuse(options, "CONFIG.yaml", *_TABLES)
     if options.command == "merge":
         from fusejax import merging
 

@@ -89,3 +89,10 @@ def test_a_folder_without_a_report_is_named(tmp_path, capsys, content, message):
     assert message in error
     assert error.count("\n") == 1
     assert str(tmp_path / "report.json") in error
+
+
+def test_files_of_a_table_are_refused_for_a_job(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", "job.yaml", "--csv", str(tmp_path / "table.csv")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ("error: report CONFIG.yaml: has no use for --csv (see fusejax report --help)\n")

@@ -71,6 +71,20 @@ def test_mistakes_end_with_one_line(tiny_models, corpus, capsys, arguments, mess
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["job.yaml", "--stride", "3", "--split", "x"], "evaluate without --corpus: has no use for --split, --stride"),
+    (["job.yaml", "--batch-tokens", "8192"], "has no use for --batch-tokens"),
+    (["model", "--corpus", "text.txt", "--weights", "1", "2"], "evaluate without --ensemble: has no use for --weights"),
+])  # fmt: skip
+def test_options_that_would_do_nothing_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", *arguments])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_a_model_given_twice_is_refused(tiny_models, corpus, capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", tiny_models["fine"], tiny_models["fine"], "--corpus", str(corpus)])
