@@ -5,11 +5,14 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -22,11 +25,12 @@ from fusejax.progress import warn
 MAX_SHARD_BYTES = 5 * 10**9
 
 # The dtype's older key, code of the hub's that the class in transformers replaces, and where the model came from.
-DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
+_DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
 
 MARKER = "fusejax.json"  # in an exported or merged folder: what it was made from
 _REPLACED = ("config.json", "generation_config.json", MARKER, *files.TOKENIZER_FILES)
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)")
+T = TypeVar("T")
 
 
 def save(
@@ -55,49 +59,73 @@ def save(
         for _, _, read in convert.stored_tensors(model, family, dtype):
             read()  # takes part in gathering what the first process writes
         return folder
+    tensors = [
+        (name, math.prod(shape) * jnp.dtype(dtype).itemsize, read)
+        for name, shape, read in convert.stored_tensors(model, family, dtype)
+    ]
+    with written(folder) as temporary:
+        write_weights(temporary, tensors, _save_file, max_shard_bytes)
+        write_rest(temporary, hf_config | {"dtype": dtype}, family, tokenizer)
+    return folder
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` at the end of the block, or is removed after an error."""
     temporary = store.make_folder(folder.parent) / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         temporary.mkdir()
-        _write_weights(model, family, temporary, dtype, max_shard_bytes)
-        config = {key: value for key, value in hf_config.items() if key not in DROPPED}
-        config |= {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        for name in (*files.TOKENIZER_FILES, "generation_config.json"):
-            if tokenizer is not None and (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, temporary / name)
-        replace(folder, temporary)
+        yield temporary
+        _replace(folder, temporary)
     except OSError as error:
         raise store.writing_failed(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def _write_weights(model: Decoder, family: families.Family, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    """model.safetensors, or shards with an index; one shard is held in memory at a time."""
-    shards: list[list[Any]] = [[]]
+def write_weights(
+    folder: Path,
+    tensors: Iterable[tuple[str, int, T]],
+    write: Callable[[Path, dict[str, T]], None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """model.safetensors, or shards of at most so many bytes (but at least a tensor) with an index.
+
+    tensors: (name, bytes, what `write` needs to know of it). write: makes one file of the tensors of one shard.
+    """
+    shards: list[dict[str, T]] = [{}]
     total = room = 0
-    for name, shape, read in convert.stored_tensors(model, family, dtype):
-        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    for name, size, tensor in tensors:
         if shards[-1] and room < size:
-            shards.append([])
+            shards.append({})
         room = (room if shards[-1] else max_shard_bytes) - size
         total += size
-        shards[-1].append((name, read))
+        shards[-1][name] = tensor
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _save_file({name: read() for name, read in shard}, folder / file)
-        weight_map |= {name: file for name, _ in shard}
+        write(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _save_file(tensors: dict[str, Any], path: Path) -> None:
+def write_rest(folder: Path, hf_config: dict[str, Any], family: families.Family, tokenizer: Path | None) -> None:
+    """What goes with the weights: config.json, and the tokenizer's and generation's files of the folder `tokenizer`."""
+    config = {key: value for key, value in hf_config.items() if key not in _DROPPED}
+    config |= {"architectures": [family.architecture], "model_type": family.model_type}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    for name in (*files.TOKENIZER_FILES, "generation_config.json"):
+        if tokenizer is not None and (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+
+
+def _save_file(path: Path, tensors: dict[str, Callable[[], np.ndarray]]) -> None:
+    """All tensors of the file are held in memory."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file({name: read() for name, read in tensors.items()}, path, metadata={"format": "pt"})
         path.chmod(0o666 & ~_umask())  # the library makes files that only their owner may read
     except SafetensorError as error:  # holds the system's error as text
         number = re.search(r"os error (\d+)", str(error))
@@ -111,7 +139,7 @@ def _umask() -> int:
     return mask
 
 
-def replace(folder: Path, temporary: Path) -> None:
+def _replace(folder: Path, temporary: Path) -> None:
     """Rename `temporary` to `folder`; the model that was there is deleted after that, anything else stays."""
     if not folder.exists():
         os.rename(temporary, folder)

@@ -5,23 +5,20 @@ Tensors are mapped, not read, and written one after another: neither side holds 
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusejax import export, models, store, tokenizer_files, tokenizers
+from fusejax import export, models, tokenizer_files, tokenizers
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
 from fusejax.progress import warn
 from fusejax.tokenizers import Tokenizer
-
-MAX_SHARD_BYTES = 5 * 10**9
 
 # What a configuration says without changing what the weights compute.
 _FREE = ("max_length", "initializer_std")
@@ -113,60 +110,30 @@ def _text(piece: bytes | None) -> str:
     return "no text" if piece is None else repr(piece.decode("utf-8", "backslashreplace"))
 
 
-@contextmanager
-def written(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` at the end of the block, or is removed after an error."""
-    temporary = store.make_folder(folder.parent) / f".{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    try:
-        temporary.mkdir()
-        yield temporary
-        export.replace(folder, temporary)
-    except OSError as error:
-        raise store.writing_failed(folder, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write(
     folder: Path,
     like: Checkpoint,
     tokenizer_from: Path,
     dtypes: dict[str, Any],
     tensor: Callable[[str], np.ndarray],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = export.MAX_SHARD_BYTES,
 ) -> None:
     """A Hugging Face folder with the tensors of `like`: `tensor(name)` gives each, of dtype `dtypes[name]`.
 
     Tensors are asked for in the order of `like` and written at once. config.json is that of `like`.
     """
-    sizes = {name: math.prod(t.shape) * np.dtype(dtypes[name]).itemsize for name, t in like.tensors.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _write_file(folder / file, {name: (like.tensors[name].shape, dtypes[name]) for name in shard}, tensor)
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    tensors = []
+    for name, stored in like.tensors.items():
+        dtype = np.dtype(dtypes[name])
+        tensors.append((name, math.prod(stored.shape) * dtype.itemsize, (stored.shape, dtype)))
+    export.write_weights(folder, tensors, partial(_write_file, tensor=tensor), max_shard_bytes)
     kinds = {str(np.dtype(dtype)) for dtype in dtypes.values()}
-    hf_config = {key: value for key, value in like.hf_config.items() if key not in export.DROPPED}
-    hf_config |= {"architectures": [like.family.architecture], "model_type": like.family.model_type}
-    if len(kinds) == 1:
-        hf_config["dtype"] = kinds.pop()
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", "utf-8")
-    for name in (*files.TOKENIZER_FILES, "generation_config.json"):
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    kind = {"dtype": kinds.pop()} if len(kinds) == 1 else {}
+    export.write_rest(folder, like.hf_config | kind, like.family, tokenizer_from)
 
 
 def _write_file(
-    path: Path, tensors: dict[str, tuple[tuple[int, ...], Any]], tensor: Callable[[str], np.ndarray]
+    path: Path, tensors: dict[str, tuple[tuple[int, ...], np.dtype]], tensor: Callable[[str], np.ndarray]
 ) -> None:
     """A safetensors file, tensor by tensor; the library's own writer wants all of them in memory.
 
@@ -176,8 +143,8 @@ def _write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (shape, dtype) in tensors.items():
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        kind = _DTYPE_NAMES[np.dtype(dtype)]
+        size = math.prod(shape) * dtype.itemsize
+        kind = _DTYPE_NAMES[dtype]
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -186,6 +153,6 @@ def _write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (shape, dtype) in tensors.items():
             array = np.ascontiguousarray(tensor(name))
-            if array.shape != shape or array.dtype != np.dtype(dtype):
+            if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name}: {array.shape} {array.dtype} instead of {shape} {dtype}")
             file.write(array.reshape(-1).view(np.uint8).data)

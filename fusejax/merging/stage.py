@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import models, sharding
+from fusejax import export, models, sharding
 from fusejax.config import MeshConfig, ModelConfig
 from fusejax.errors import UserError
-from fusejax.export import MARKER
 from fusejax.merging import checkpoints, methods
 from fusejax.merging.checkpoints import Checkpoint
 from fusejax.merging.config import MergeConfig
@@ -82,7 +81,7 @@ def write_merged(config: MergeConfig, opened: Opened, folder: Path, made_from: d
         for name, tensor in like.tensors.items()
     }
     place = _placement()
-    with checkpoints.written(folder) as temporary, progress(f"merge {folder.name}", len(like.tensors)) as bar:
+    with export.written(folder) as temporary, progress(f"merge {folder.name}", len(like.tensors)) as bar:
 
         def tensor(name: str) -> np.ndarray:
             read = [place(checkpoint.tensors[name].read()) for checkpoint in opened.models]
@@ -96,7 +95,7 @@ def write_merged(config: MergeConfig, opened: Opened, folder: Path, made_from: d
             return _rounded(merged, dtypes[name], name)
 
         checkpoints.write(temporary, like, opened.donor, dtypes, tensor)
-        (temporary / MARKER).write_text(json.dumps(made_from, indent=1) + "\n", "utf-8")
+        (temporary / export.MARKER).write_text(json.dumps(made_from, indent=1) + "\n", "utf-8")
 
 
 _KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -161,6 +160,6 @@ def _inputs(config: MergeConfig) -> dict[str, Any]:
 
 def _made_from(folder: Path) -> Any:
     try:
-        return json.loads((folder / MARKER).read_text("utf-8")).get("merge")
+        return json.loads((folder / export.MARKER).read_text("utf-8")).get("merge")
     except (OSError, ValueError, AttributeError):
         return None
