@@ -48,6 +48,8 @@ def run(dataset: str, config: Config, name: str) -> None:
     if writer.done:
         say(f"source {name}: done before, skipped")
         return
+    if any("imported" not in note for note in writer.notes()):
+        raise UserError(f"{writer.folder}: holds a part of the source's own rows; remove that folder to import others")
     documents = Store(config.folder / "data/train/documents")
     k = source.top_k or config.cache.top_k
     with progress(f"import {name}", len(tokens)) as bar:
@@ -57,7 +59,7 @@ def run(dataset: str, config: Config, name: str) -> None:
                 scores = _scores(dataset, rows[found[i]], k, tokenizer.vocab_size, tokenizer)
                 records.append(note.record(i, scores, tokenizer.vocab_size, config.cache.values))
                 bar.advance()
-            writer.write(shard, records, note.finish(documents, source))
+            writer.write(shard, records, note.finish(documents, source) | {"imported": dataset})
     finish(source, tokens, writer, {"imported": dataset})
 
 

@@ -74,6 +74,8 @@ def _cache(config: Config, source: ModelConfig) -> None:
     if writer.done:
         say(f"source {source.label}: done before, skipped")
         return
+    if any("imported" in note for note in writer.notes()):
+        raise UserError(f"{folder}: holds a part of an import: run `fusejax import` again, or remove that folder")
     # Shards are split over the processes; what each holds does not depend on how many there are.
     todo = hosts.own(writer.missing())
     if todo:

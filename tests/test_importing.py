@@ -85,6 +85,24 @@ def test_other_text_is_named(saved, make_job):
     assert not (job.folder / "sources/fine").exists()
 
 
+def test_imported_rows_and_the_sources_own_do_not_mix(saved, make_job, monkeypatch):
+    for module in (sources, importing):
+        monkeypatch.setattr(module, "shard_records", lambda tokens, max_length: 3)
+    for first, second, message in (
+        (lambda job: importing.run(saved[1], job, "fine"), sources.run, "holds a part of an import"),
+        (sources.run, lambda job: importing.run(saved[1], job, "fine"), "holds a part of the source's own rows"),
+    ):
+        job = make_job(message.replace(" ", "-"), **PLAIN)
+        first(job)
+        shard = job.folder / "sources/fine/000001.array_record"
+        shard.unlink()
+        with pytest.raises(UserError, match=message):
+            second(job)
+        assert not shard.exists()
+        first(job)
+        assert shard.exists()
+
+
 def test_no_such_data_set(saved, make_job, tmp_path):
     job = make_job("theirs", **PLAIN)
     with pytest.raises(UserError, match="is not a folder that datasets' save_to_disk wrote"):
