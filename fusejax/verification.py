@@ -53,7 +53,7 @@ def _problems(store: Store, totals: dict[str, int]) -> Iterator[str]:
             bar.advance()
     said = store.summary.get("rows")
     whole = totals["records"] == len(store)
-    if whole and isinstance(said, int) and "top_k" in store.inputs and said != totals["rows"]:
+    if whole and isinstance(said, int) and said != totals["rows"]:
         yield f"{store.folder}: has {totals['rows']} rows, its manifest says {said}"
 
 

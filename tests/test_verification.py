@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -31,6 +32,19 @@ def write(folder, n=9, rows=None):
 def test_a_whole_store_passes(tmp_path, capsys):
     verify(str(write(tmp_path / "s")))
     assert "9 records, 54 rows, every checksum right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_rows_that_the_manifest_does_not_count_are_found(make_job, capsys, kind):
+    job = make_job(cache={"kind": kind})
+    sources.run(job)
+    path = job.folder / "sources/fine/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["summary"]["rows"] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="1 problems"):
+        verify(str(path.parent))
+    assert "its manifest says" in capsys.readouterr().out
 
 
 @given(st.integers(0, 2), st.floats(0, 1, exclude_max=True))
