@@ -17,28 +17,28 @@ from fusejax.progress import console, say
 
 def choose(config: MergeConfig, opened: Opened) -> tuple[tuple[MergedModel, ...], list[dict[str, Any]]]:
     """(the models of the soup, the steps: {model, alone, with_soup, joins} in the order in which they were tried)."""
-    by_name = {model.model: (model, found) for model, found in zip(config.models, opened.models, strict=True)}
-    alone = {name: _score(config, model) for name, (model, _) in by_name.items()}
-    order = sorted(alone, key=lambda name: alone[name])
+    names = [f"{m.model} (revision {m.revision})" if m.revision else m.model for m in config.models]
+    alone = [_score(config, model) for model in config.models]
+    order = sorted(range(len(alone)), key=alone.__getitem__)
     chosen, best = [order[0]], alone[order[0]]
-    steps: list[dict[str, Any]] = [{"model": order[0], "alone": best, "with_soup": best, "joins": True}]
+    steps: list[dict[str, Any]] = [{"model": names[order[0]], "alone": best, "with_soup": best, "joins": True}]
     temporary = config.folder.parent / f".{config.folder.name}.soup"
     try:
-        for name in order[1:]:
-            tried = [*chosen, name]
-            candidates = Opened(None, [by_name[n][1] for n in tried], opened.donor)
-            soup = config.model_copy(update={"models": tuple(by_name[n][0] for n in tried)})
+        for i in order[1:]:
+            tried = [*chosen, i]
+            candidates = Opened(None, [opened.models[j] for j in tried], opened.donor)
+            soup = config.model_copy(update={"models": tuple(config.models[j] for j in tried)})
             write_merged(soup, candidates, temporary, {})
             score = _score(config, ModelConfig(model=str(temporary), bos=config.models[0].bos))
             joins = score <= best
-            steps.append({"model": name, "alone": alone[name], "with_soup": score, "joins": joins})
+            steps.append({"model": names[i], "alone": alone[i], "with_soup": score, "joins": joins})
             if joins:
                 chosen, best = tried, score
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _show(steps)
     say(f"greedy soup: {len(chosen)} of {len(order)} models, {best:.4f} bits per byte")
-    return tuple(by_name[name][0] for name in chosen), steps
+    return tuple(config.models[i] for i in chosen), steps
 
 
 def _score(config: MergeConfig, model: ModelConfig) -> float:
