@@ -18,7 +18,7 @@ window.
 
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, tee
 from typing import Any
 
@@ -182,12 +182,21 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """{domain: bits per byte, ..., "average": mean over domains}; arguments and errors of `measure`."""
     sums = measure(model, tokenizer, documents, tokens, **options)
-    return with_average({domain: s.bits_per_byte for domain, s in sums.items()})
+    return numbers(sums)["bits_per_byte"]
 
 
 def with_average(values: dict[str, float]) -> dict[str, float]:
     """`values` and, under "average", their mean: every domain counts alike, however much text it has."""
     return {**values, "average": float(np.mean(list(values.values())))}
+
+
+def numbers(sums: dict[str, DomainSums]) -> dict[str, dict[str, Any]]:
+    """What JSON files keep of a result: bits per byte and perplexity by domain, with their averages, and the counts."""
+    return {
+        "bits_per_byte": with_average({domain: s.bits_per_byte for domain, s in sums.items()}),
+        "perplexity": with_average({domain: s.perplexity for domain, s in sums.items()}),
+        "counts": {domain: asdict(s) for domain, s in sums.items()},
+    }
 
 
 def windows(n_inputs: int, max_length: int, stride: int) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from fusejax import corpus, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.evaluation import baselines
 from fusejax.evaluation.ensemble import Member, measure_ensemble
-from fusejax.evaluation.perplexity import DomainSums, measure, with_average
+from fusejax.evaluation.perplexity import measure, numbers
 from fusejax.progress import say
 from fusejax.store import Store, fingerprint, write_atomically
 
@@ -27,7 +27,7 @@ def run(config: Config) -> None:
         return
     known: dict[str, dict[str, Any]] = {}
     for name, model in _models(config).items():
-        evaluate(config, name, model, known)
+        _evaluate(config, name, model, known)
     if "ensemble" in config.evaluation.baselines:
         _evaluate_ensemble(config)
 
@@ -69,22 +69,19 @@ def _loader(config: Config, model: ModelConfig) -> Callable[[], models.Decoder]:
     )  # fmt: skip
 
 
-def evaluate(
-    config: Config, name: str, model: ModelConfig, known: dict[str, dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    """One model's results, from evaluation/<name>.json where that was made from the same inputs.
+def _evaluate(config: Config, name: str, model: ModelConfig, known: dict[str, dict[str, Any]]) -> None:
+    """Write one model's evaluation/<name>.json, unless it was made from the same inputs.
 
     known: results by the fingerprint of their inputs; the target that is also a source is evaluated once.
     """
-    known = {} if known is None else known
     documents = _heldout(config)
     inputs = _inputs(config, model, documents)
+    key = fingerprint(inputs)
     before = _done_before(config, name, inputs)
     if before is not None:
-        known[fingerprint(inputs)] = before
-        return before
-    result = known.get(fingerprint(inputs))
-    if result is None:
+        known[key] = {kind: values for kind, values in before.items() if kind not in ("name", "path")}
+        return
+    if key not in known:
         sums = measure(
             _loader(config, model)(),
             tokenizers.for_model(model),
@@ -95,9 +92,8 @@ def evaluate(
             mesh=sharding.local_mesh(config.mesh),
             name=name,
         )
-        result = known[fingerprint(inputs)] = _result(inputs, sums)
-    write_atomically(_path(config, name), json.dumps({"name": name, "path": model.model, **result}, indent=1))
-    return result
+        known[key] = {"inputs": inputs, **numbers(sums)}
+    write_atomically(_path(config, name), json.dumps({"name": name, "path": model.model, **known[key]}, indent=1))
 
 
 def _evaluate_ensemble(config: Config) -> None:
@@ -117,7 +113,7 @@ def _evaluate_ensemble(config: Config) -> None:
         batch_tokens=config.evaluation.batch_tokens,
         mesh=sharding.local_mesh(config.mesh),
     )
-    result = {"name": "ensemble", "of": [member.name for member in members], **_result(inputs, sums)}
+    result = {"name": "ensemble", "of": [member.name for member in members], "inputs": inputs, **numbers(sums)}
     write_atomically(_path(config, "ensemble"), json.dumps(result, indent=1))
 
 
@@ -131,18 +127,6 @@ def _done_before(config: Config, name: str, inputs: dict[str, Any]) -> dict[str,
         return None
     say(f"evaluate {name}: done before, skipped")
     return before
-
-
-def _result(inputs: dict[str, Any], sums: dict[str, DomainSums]) -> dict[str, Any]:
-    return {
-        "inputs": inputs,
-        "bits_per_byte": with_average({domain: s.bits_per_byte for domain, s in sums.items()}),
-        "perplexity": with_average({domain: s.perplexity for domain, s in sums.items()}),
-        "counts": {
-            domain: {"nats": s.nats, "bytes": s.bytes, "tokens": s.tokens, "documents": s.documents}
-            for domain, s in sums.items()
-        },
-    }
 
 
 def _read(path: Path) -> dict[str, Any] | None:

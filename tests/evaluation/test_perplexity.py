@@ -95,6 +95,12 @@ def test_the_stage_writes_each_model_once(make_job, tiny_models, monkeypatch, ca
     evaluation.run(job)
     assert len(loaded) == 2
     assert capsys.readouterr().out.count("done before, skipped") == 3
+    # What takes over an earlier run's result keeps its own name.
+    (job.folder / "evaluation/coarse.json").unlink()
+    evaluation.run(job)
+    assert len(loaded) == 2
+    assert json.loads((job.folder / "evaluation/coarse.json").read_text()) == results["coarse"]
+    assert results["coarse"]["name"] == "coarse"
 
 
 def test_a_changed_model_is_evaluated_again(make_job, tiny_models):
