@@ -158,6 +158,11 @@ def local_mesh(config: MeshConfig | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def whole_mesh() -> Mesh:
+    """A mesh that splits parameters and batch over all devices of this process, for work without a configuration."""
+    return local_mesh(MeshConfig(fsdp=len(jax.local_devices())))
+
+
 def local_rows(n: int, mesh: Mesh) -> list[int]:
     """Which of a batch's n rows this process' devices hold."""
     places = batch_sharding(mesh).addressable_devices_indices_map((n,)).values()

@@ -10,12 +10,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fusejax import models, sharding
-from fusejax.config import MeshConfig
 from fusejax.errors import UserError
 from fusejax.models import files, generate
 from fusejax.scoring import Scorer
@@ -59,7 +57,7 @@ class FuseJaxLM(TemplateLM):
 
         folder = files.local_folder(path, revision)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self._mesh = sharding.local_mesh(MeshConfig(fsdp=len(jax.local_devices())))
+        self._mesh = sharding.whole_mesh()
         kind = jnp.dtype(dtype)
         self._model = models.load(folder, mesh=self._mesh, dtype=kind, compute_dtype=kind)
         self.max_length = int(self._model.config.max_length if max_length is None else max_length)

@@ -7,16 +7,15 @@ from itertools import tee
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from rich.table import Table
 
 from fusejax import models, sharding, store, tokenizers
-from fusejax.config import CorpusConfig, MeshConfig, ModelConfig
+from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.corpus import Document, read_documents
 from fusejax.errors import UserError
 from fusejax.evaluation import ensemble
-from fusejax.evaluation.perplexity import DomainSums, measure, with_average
+from fusejax.evaluation.perplexity import DomainSums, measure, numbers
 from fusejax.progress import console, say
 from fusejax.tokenizers import Tokenizer
 
@@ -31,17 +30,16 @@ def measure_corpus(
     stride: int | None = None,
     batch_tokens: int = 8192,
     compute: str = "float32",
-    mesh: MeshConfig | None = None,
 ) -> dict[str, DomainSums]:
-    """The sums of every domain of a corpus under a model, whole documents of any length.
+    """The sums of every domain of a corpus under a model, whole documents of any length, over all local devices.
 
-    max_length: default the context that the model was made for. mesh: default all devices, parameters and batch split
-    over them. Raises UserError for faults of model, tokenizer and corpus.
+    max_length: default the context that the model was made for. Raises UserError for faults of model, tokenizer and
+    corpus.
     """
     tokenizer = tokenizers.for_model(model)
-    on_mesh = sharding.local_mesh(mesh or MeshConfig(fsdp=len(jax.local_devices())))
+    mesh = sharding.whole_mesh()
     dtype = jnp.dtype(compute)
-    decoder = models.load(model.model, mesh=on_mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision)
+    decoder = models.load(model.model, mesh=mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision)
     documents, tokens = tee(_tokenized(corpus, tokenizer))
     return measure(
         decoder,
@@ -51,7 +49,7 @@ def measure_corpus(
         max_length=max_length or decoder.config.max_length,
         stride=stride,
         batch_tokens=batch_tokens,
-        mesh=on_mesh,
+        mesh=mesh,
         name=model.label,
     )
 
@@ -66,13 +64,12 @@ def measure_ensemble_of(
     stride: int | None = None,
     batch_tokens: int = 8192,
     compute: str = "float32",
-    mesh: MeshConfig | None = None,
 ) -> dict[str, DomainSums]:
     """The sums of every domain of a corpus under an ensemble of models; see `fusejax.evaluation.ensemble`.
 
     max_length: default the least of the contexts that the models were made for. The others as in `measure_corpus`.
     """
-    on_mesh, dtype = sharding.local_mesh(mesh or MeshConfig(fsdp=len(jax.local_devices()))), jnp.dtype(compute)
+    mesh, dtype = sharding.whole_mesh(), jnp.dtype(compute)
     documents = list(read_documents(corpus))
     contexts = [models.read_config(model.model, model.revision)[1].max_length for model in given]
 
@@ -80,9 +77,7 @@ def measure_ensemble_of(
         tokenizer = tokenizers.for_model(model)
         encoded = tokenizer.encode_batch([document.text for document in documents])
         tokens = [{"ids": ids, "boundaries": boundaries} for ids, boundaries in encoded]
-        load = partial(
-            models.load, model.model, mesh=on_mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision
-        )
+        load = partial(models.load, model.model, mesh=mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision)
         return ensemble.Member(model.label, tokenizer, tokens, load)
 
     return ensemble.measure_ensemble(
@@ -93,13 +88,13 @@ def measure_ensemble_of(
         max_length=max_length or min(contexts),
         stride=stride,
         batch_tokens=batch_tokens,
-        mesh=on_mesh,
+        mesh=mesh,
     )
 
 
 def average(sums: dict[str, DomainSums]) -> float:
     """The mean over domains of bits per byte."""
-    return with_average({domain: s.bits_per_byte for domain, s in sums.items()})["average"]
+    return numbers(sums)["bits_per_byte"]["average"]
 
 
 def _tokenized(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[Document, dict[str, Any]]]:
@@ -140,14 +135,7 @@ def run(
         results["ensemble"] = measure_ensemble_of(given, corpus, kind=kind, weights=weights, **options)
     show(results)
     if json_path is not None:
-        values = {
-            label: {
-                "bits_per_byte": with_average({domain: s.bits_per_byte for domain, s in sums.items()}),
-                "perplexity": with_average({domain: s.perplexity for domain, s in sums.items()}),
-                "counts": {domain: vars(s) for domain, s in sums.items()},
-            }
-            for label, sums in results.items()
-        }
+        values = {label: numbers(sums) for label, sums in results.items()}
         store.write_atomically(Path(json_path), json.dumps(values, indent=2) + "\n")
         say(f"evaluate: {json_path}")
 
@@ -161,7 +149,7 @@ def show(results: dict[str, dict[str, DomainSums]]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for label, sums in results.items():
-        values = with_average({domain: s.bits_per_byte for domain, s in sums.items()})
+        values = numbers(sums)["bits_per_byte"]
         whole = DomainSums()
         for s in sums.values():
             whole.add(s)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusejax import export, models, sharding
-from fusejax.config import MeshConfig, ModelConfig
+from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.merging import checkpoints, methods
 from fusejax.merging.checkpoints import Checkpoint
@@ -118,7 +118,7 @@ def _blame(read: Sequence[jax.Array], opened: Opened) -> str:
 
 def _placement() -> Callable[[np.ndarray], jax.Array]:
     """Puts a tensor on the devices as float32, split over all of them where one of its dimensions allows."""
-    mesh = sharding.local_mesh(MeshConfig(fsdp=len(jax.local_devices())))
+    mesh = sharding.whole_mesh()
 
     def place(array: np.ndarray) -> jax.Array:
         return jax.device_put(array.astype(np.float32), sharding.spread(mesh, array.shape))
