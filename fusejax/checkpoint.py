@@ -20,6 +20,12 @@ from fusejax.store import make_folder, require_space, writing_failed
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step it takes
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never. `training.preemption` alone asks JAX; orbax would in each save, and upset its count."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run: `save` writes in the background, `restore` gives the latest back.
 
@@ -37,7 +43,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _Manager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -91,7 +91,7 @@ class Loop:
                     state, values = self._trainer.step(state, self._trainer.fixed, on_mesh, self._trainer.tables)
                     note = self._flush(log)
                     self._waiting = (step + 1, values)
-                    stop = notice.came() and step + 1 < self._total
+                    stop = notice.came()
                     if stop or (step + 1) % self._config.checkpoint.every == 0 or step + 1 == self._total:
                         note = self._flush(log)
                         self._save(step + 1, state)

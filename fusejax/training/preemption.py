@@ -1,5 +1,6 @@
 """Preemption: a cluster that takes the machine back sends SIGTERM first, and the run saves before it ends."""
 
+import itertools
 import signal
 import threading
 from types import FrameType
@@ -8,13 +9,16 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+# Of the process, over all its runs: JAX brings every process to the number after the last that any of them gave, so a
+# notice between two runs, or before the first step of one that goes on, would be missed by numbers that start anew.
+_asked = itertools.count(1)
+
 
 class Notice:
     """Whether SIGTERM came; a context manager. With several processes all say so at the same step."""
 
     def __init__(self) -> None:
         self._came = False
-        self._asked = 0
         self._before: Any = None
         # JAX's runtime has its own handler where there are several processes, and brings them to the same step.
         self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
@@ -33,8 +37,6 @@ class Notice:
 
     def came(self) -> bool:
         """To be asked once a step, in every process."""
-        self._asked += 1
         if jax.process_count() > 1:
-            # Counted from the start of the process, not of the run: a notice before the first step is for count 1.
-            return multihost_utils.reached_preemption_sync_point(self._asked)
+            return multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._came

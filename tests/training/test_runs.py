@@ -151,18 +151,21 @@ def test_state_is_laid_out_as_the_parameters(job):
     assert all(leaf.sharding.mesh.axis_names == sharding.AXES for leaf in moments)
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(job, monkeypatch):
+@pytest.mark.parametrize("in_last_step", [False, True])
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(job, monkeypatch, in_last_step):
     undisturbed, stopped = job("undisturbed"), job("stopped", checkpoint={"every": 100})
     training.train(undisturbed, "fused")
+    total = len(metrics.read(undisturbed.folder))
+    at = total if in_last_step else 3
     real = Metrics.write
 
     def write(self, step, values):
         real(self, step, values)
-        if step == 2:
+        if step == at - 1:  # metrics come a step late
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Metrics, "write", write)
-    with pytest.raises(Resumable, match=r"SIGTERM at step 3 of \d+: saved at step 3; the same command goes on"):
+    with pytest.raises(Resumable, match=f"SIGTERM at step {at} of {total}: saved at step {at}; the same command goes"):
         training.train(stopped, "fused")
     monkeypatch.setattr(Metrics, "write", real)
     training.train(stopped, "fused")
