@@ -12,7 +12,12 @@ from fusejax.config import Config
 from fusejax.errors import UserError
 
 # Keys that change a result by rounding at most: a run may go on with others.
-_WITHIN_ROUNDING = (("batch", "microbatch"), ("alignment", "workers"))
+_WITHIN_ROUNDING = (
+    ("batch", "microbatch"),
+    ("alignment", "workers"),
+    ("guard", "limit"),  # when a run gives up, and is gone on with
+    ("loss", "model_entropy"),  # a metric
+)
 
 
 def runs(config: Config) -> list[str]:

@@ -97,6 +97,10 @@ def test_done_is_skipped_and_other_settings_are_refused(job, capsys):
     other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 0.5})})
     with pytest.raises(UserError, match=r"optimizer.learning_rate \(0.003 there, 0.5 now\).*--no-resume"):
         training.train(other, "fused")
+    watched = config.model_copy(update={"loss": config.loss.model_copy(update={"model_entropy": True})})
+    patient = watched.model_copy(update={"guard": config.guard.model_copy(update={"limit": 50})})
+    training.train(patient, "fused")  # what is no part of the result is no other setting
+    assert "train fused: done before, skipped" in capsys.readouterr().out
     anew = other.model_copy(update={"checkpoint": other.checkpoint.model_copy(update={"resume": False})})
     training.train(anew, "fused")
     assert metrics.read(config.folder)[0]["learning_rate"] > 0.1
