@@ -66,21 +66,18 @@ def _measure(folder: Path, options: argparse.Namespace) -> list[core.Case]:
 
 
 _CHILD = """
-import json, re, sys, time
-from pathlib import Path
+import json, sys, time
 import jax, jax.numpy as jnp
 import fusejax
-
-def status(key):
-    return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+from fusejax.bench import core
 
 jax.block_until_ready(jnp.zeros(8) + 1)
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+core.resident_bytes(reset_peak=True)  # the peak counts from here
 start = time.perf_counter()
 model = fusejax.load(sys.argv[1], dtype=sys.argv[2])
 seconds = time.perf_counter() - start
-peak = status("VmHWM")
-print(json.dumps({"seconds": seconds, "beyond": peak - status("VmRSS")}))
+peak = core.peak_resident_bytes()
+print(json.dumps({"seconds": seconds, "beyond": peak - core.resident_bytes()}))
 """
 
 
