@@ -1,6 +1,6 @@
 """`fusejax bench loss`: what fusing costs beside continual training, forward and backward, from hidden states on.
 
-`fused` is `loss.fusion_loss` over sparse targets, `fused with metrics` the same with all that training logs; `plain`
+`fused` is `loss.fusion_loss` over sparse targets, `fused with metrics` the same with all that training can log; `plain`
 our cross-entropy made the same way; `full logits` the usual jax cross-entropy over one [T, V] array; `dense, torch` the
 arithmetic of the FuseLLM paper's code: dense targets of three models, weighed by their rewards, in a soft-target
 cross-entropy over [T, V] (where torch is installed). `largest array` leaves arrays of the unembedding's shape out (it,
@@ -122,7 +122,7 @@ def fused(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array, ids: jax
 def with_metrics(
     hidden: jax.Array, unembedding: jax.Array, labels: jax.Array, ids: jax.Array, probs: jax.Array
 ) -> tuple[jax.Array, loss.LossSums]:
-    """The same, with all sums that training logs, the model's entropy among them."""
+    """The same, with the sums that training logs and, as `loss.model_entropy` asks for, the model's entropy."""
     sums = loss.fusion_loss(hidden, unembedding, labels, ids, probs, weight_clm=WEIGHT_CLM, model_entropy=True)
     return sums.total, sums
 
