@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from fusejax.kernels.fusion_loss.events import targets
 from fusejax.kernels.fusion_loss.terms import Options, Rows, Sums, across, terms
+from fusejax.kernels.placement import own_ids
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -58,9 +59,7 @@ def _over_mesh(
     if placement is None:
         return _over_blocks(hidden, weights, rows, weight_clm, None, options=options, with_gradients=with_gradients)
     (T, D), V = hidden.shape, weights.shape[1]
-    pad_T, pad_V = -T % placement.batch_shards, -V % placement.vocab_shards
-    hidden, rows = jax.tree.map(lambda x: jnp.pad(x, [(0, pad_T)] + [(0, 0)] * (x.ndim - 1)), (hidden, rows))
-    weights = jnp.pad(weights, ((0, 0), (0, pad_V)))
+    weights, (hidden, rows) = placement.padded(weights, (hidden, rows))
     tokens, columns = PartitionSpec(placement.batch), PartitionSpec(None, placement.vocab)
     at_rest = placement.embed if D % placement.mesh.shape[placement.embed] == 0 else None
     results: tuple = ((PartitionSpec(), PartitionSpec()),)
@@ -91,15 +90,13 @@ def _on_device(
     """`_over_blocks` of this device's tokens and columns, the results added up over the mesh."""
     placement = options.placement
     assert placement is not None
-    width = weights.shape[1]
-    first = jax.lax.axis_index(placement.vocab) * width
-    padded = width * placement.vocab_shards > vocab_size
+    first, valid = placement.own_columns(weights.shape[1], vocab_size)
     out, *gradients = _over_blocks(
         hidden,
         weights,
         rows,
         weight_clm,
-        jnp.clip(vocab_size - first, 0, width) if padded else None,
+        valid,
         first=first,
         options=options,
         with_gradients=with_gradients,
@@ -148,7 +145,7 @@ def _over_blocks(
         # Whatever a row that counts for nothing holds (padding may be NaN), 0 · NaN must not reach the gradients.
         h = jnp.where(((r.clm_weight != 0) | (r.fusion_weight != 0))[:, None], h, jnp.zeros((), h.dtype))
         target = targets(r, options)
-        ids = _here(jnp.concatenate([target.ids, r.labels[:, None]], -1), first, weights.shape[1])
+        ids = own_ids(jnp.concatenate([target.ids, r.labels[:, None]], -1), first, weights.shape[1])
         found, kept = kernel.statistics(h, weights, ids, valid, options)
         if split:
             found = across(found, placement.vocab)
@@ -170,11 +167,6 @@ def _over_blocks(
     if grad_DV is None:
         return ((total, sums),)
     return (total, sums), jnp.asarray(grads).reshape(size * n, D)[:T], grad_DV
-
-
-def _here(ids: Array, first: Array | int, width: int) -> Array:
-    """Ids of the vocabulary as columns of this device's part of it, −1 where they are elsewhere."""
-    return jnp.where((ids >= first) & (ids < first + width), ids - first, -1)
 
 
 def _implementation(options: Options) -> ModuleType:

@@ -15,12 +15,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from fusejax.kernels.placement import Placement
+from fusejax.kernels.placement import Placement, on_mesh, own_ids
 from fusejax.kernels.sample_unembed import reference, xla
 from fusejax.kernels.sample_unembed.reference import Sampled
 from fusejax.kernels.topk_unembed import xla as search
 from fusejax.kernels.topk_unembed.candidates import across, finish
-from jax.sharding import PartitionSpec
 
 from fusejax import arguments
 
@@ -69,45 +68,15 @@ def sample_unembed(
     options: dict[str, Any] = {"logit_scale": logit_scale, "logit_cap": logit_cap}
     run: Callable[..., Sampled]
     if implementation == "reference":
-        run = reference.sample_unembed
-    elif placement is None:
-        run = partial(_on_device, placement=None, block=block)
+        run = partial(reference.sample_unembed, vocab_size=vocab_size, **options)
     else:
-        run = partial(_over_mesh, placement=placement, block=block)
-    out = run(hidden_TD, unembedding_DV, uniforms_TR, labels_T, vocab_size=vocab_size, **options)
+        run = partial(_on_device, vocab_size=vocab_size, placement=placement, block=block, **options)
+        if placement is not None:
+            run = partial(on_mesh, run, placement)
+    out = run(hidden_TD, unembedding_DV, uniforms_TR, labels_T)
     # Rounding can leave a number beside every token's share (about once in a million draws): take another draw of it.
     ids_TR = jnp.where(out.ids < 0, out.ids.max(-1, keepdims=True), out.ids)
     return Sampled(ids_TR.reshape(*lead, R), out.log_normalizer.reshape(lead), out.ce.reshape(lead))
-
-
-def _over_mesh(
-    hidden_TD: jax.Array,
-    unembedding_DV: jax.Array,
-    uniforms_TR: jax.Array,
-    labels_T: jax.Array,
-    *,
-    placement: Placement,
-    **options: Any,
-) -> Sampled:
-    """Tokens and columns are padded to where the mesh divides them."""
-    T = len(hidden_TD)
-    pad_T, pad_V = -T % placement.batch_shards, -unembedding_DV.shape[1] % placement.vocab_shards
-    tokens = PartitionSpec(placement.batch)
-    local: Callable[..., Sampled] = partial(_on_device, placement=placement, **options)
-    on_mesh = jax.shard_map(
-        local,
-        mesh=placement.mesh,
-        in_specs=(tokens, PartitionSpec(None, placement.vocab), tokens, tokens),
-        out_specs=Sampled(tokens, tokens, tokens),
-        check_vma=False,
-    )
-    out = on_mesh(
-        jnp.pad(hidden_TD, ((0, pad_T), (0, 0))),
-        jnp.pad(unembedding_DV.astype(hidden_TD.dtype), ((0, 0), (0, pad_V))),
-        jnp.pad(uniforms_TR, ((0, pad_T), (0, 0))),
-        jnp.pad(labels_T, (0, pad_T), constant_values=-1),
-    )
-    return Sampled(*(x[:T] for x in out))
 
 
 def _on_device(
@@ -131,15 +100,14 @@ def _on_device(
         ids_TR = xla.draw(hidden_TD, table_DW, uniforms_TR, lse_T, before_T, None, vocab_size=vocab_size, **options)
         return Sampled(ids_TR, done.log_normalizer, done.ce)
     width = table_DW.shape[1]
-    shard = jax.lax.axis_index(placement.vocab)
-    first = shard * width
-    valid = jnp.clip(vocab_size - first, 0, width)
-    own_labels_T = jnp.where((labels_T >= first) & (labels_T < first + width), labels_T - first, -1)
+    first, valid = placement.own_columns(width, vocab_size)
+    own_labels_T = own_ids(labels_T, first, width)
     own = search.topk_unembed(hidden_TD, table_DW, own_labels_T, valid, k=0, vocab_size=width, **options)
     done = finish(across(own, placement.vocab), labels_T)
     share_T = jnp.exp(own.lse - done.log_normalizer)
     shares_ST = jax.lax.all_gather(share_T, placement.vocab)
-    before_T = jnp.where(jnp.arange(placement.vocab_shards)[:, None] < shard, shares_ST, 0.0).sum(0)
+    earlier_S1 = jnp.arange(placement.vocab_shards)[:, None] < jax.lax.axis_index(placement.vocab)
+    before_T = jnp.where(earlier_S1, shares_ST, 0.0).sum(0)
     lse_T = done.log_normalizer
     ids_TR = xla.draw(hidden_TD, table_DW, uniforms_TR, lse_T, before_T, valid, vocab_size=width, **options)
     ids_TR = jax.lax.pmax(jnp.where(ids_TR >= 0, ids_TR + first, -1), placement.vocab)

@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from fusejax.kernels.placement import Placement
+from fusejax.kernels.placement import Placement, on_mesh, own_ids
 from fusejax.kernels.topk_unembed import reference, xla
 from fusejax.kernels.topk_unembed.candidates import Candidates, across, finish
 from fusejax.kernels.topk_unembed.reference import TopK
-from jax.sharding import PartitionSpec
 
 from fusejax import arguments
 
@@ -91,7 +90,8 @@ def topk_unembed(
         if placement is None:
             found = search(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size)
         else:
-            found = _over_mesh(hidden_TD, unembedding_DV, labels_T, vocab_size, placement, search)
+            run = partial(_on_device, vocab_size=vocab_size, placement=placement, search=search)
+            found = on_mesh(run, placement, hidden_TD, unembedding_DV, labels_T)
         out = finish(found, labels_T)
     return TopK(*(x.reshape(lead + x.shape[1:]) for x in out))
 
@@ -104,33 +104,6 @@ def _search(implementation: Implementation, interpret: bool) -> Search:
     return partial(tpu.topk_unembed, interpret=interpret)
 
 
-def _over_mesh(
-    hidden_TD: jax.Array,
-    unembedding_DV: jax.Array,
-    labels_T: jax.Array,
-    vocab_size: int,
-    placement: Placement,
-    search: Search,
-) -> Candidates:
-    """Each device takes its tokens and its columns; tokens and columns are padded to where the mesh divides them."""
-    T, V = hidden_TD.shape[0], unembedding_DV.shape[1]
-    pad_T, pad_V = -T % placement.batch_shards, -V % placement.vocab_shards
-    tokens, columns = PartitionSpec(placement.batch), PartitionSpec(None, placement.vocab)
-    run = jax.shard_map(
-        partial(_on_device, vocab_size=vocab_size, placement=placement, search=search),
-        mesh=placement.mesh,
-        in_specs=(tokens, columns, tokens),
-        out_specs=Candidates(tokens, tokens, tokens, tokens),
-        check_vma=False,
-    )
-    found = run(
-        jnp.pad(hidden_TD, ((0, pad_T), (0, 0))),
-        jnp.pad(unembedding_DV.astype(hidden_TD.dtype), ((0, 0), (0, pad_V))),
-        jnp.pad(labels_T, (0, pad_T), constant_values=-1),
-    )
-    return Candidates(*(x[:T] for x in found))
-
-
 def _on_device(
     hidden_TD: jax.Array,
     table_DW: jax.Array,
@@ -140,15 +113,9 @@ def _on_device(
     placement: Placement,
     search: Search,
 ) -> Candidates:
+    """The candidates of this device's tokens among its columns, then of all devices."""
     width = table_DW.shape[1]
-    first = jax.lax.axis_index(placement.vocab) * width
-    cut = width * placement.vocab_shards > vocab_size
-    found = search(
-        hidden_TD,
-        table_DW,
-        jnp.where((labels_T >= first) & (labels_T < first + width), labels_T - first, -1),
-        jnp.clip(vocab_size - first, 0, width) if cut else None,
-        vocab_size=width,
-    )
+    first, valid = placement.own_columns(width, vocab_size)
+    found = search(hidden_TD, table_DW, own_ids(labels_T, first, width), valid, vocab_size=width)
     found = found._replace(ids=found.ids + first)
     return across(found, placement.vocab) if placement.vocab_shards > 1 else found
