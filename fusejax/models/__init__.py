@@ -97,7 +97,7 @@ def init(
         value = value.astype(jnp.dtype(dtype))
         if mesh is None:
             return jnp.asarray(value)
-        return jax.make_array_from_callback(shape, _named(mesh, variable), value.__getitem__)
+        return jax.make_array_from_callback(shape, loading.sharding_of(variable, mesh), value.__getitem__)
 
     return fill(Decoder(config, compute_dtype, remat, unroll, attention, mesh), make)
 
@@ -136,18 +136,12 @@ def logical_axes(config: DecoderConfig) -> nnx.State:
 
 def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh) -> nnx.State:
     """The NamedSharding of every parameter, a pytree like the parameters."""
-    return _per_parameter(config, lambda variable: _named(mesh, variable))
+    return _per_parameter(config, lambda variable: loading.sharding_of(variable, mesh))
 
 
 def _per_parameter(config: DecoderConfig, value: Any) -> nnx.State:
     _, params = nnx.split(Decoder(config))
     return nnx.from_flat_state([(path, v.replace(value(v))) for path, v in nnx.to_flat_state(params)])
-
-
-def _named(mesh: jax.sharding.Mesh, variable: nnx.Param) -> jax.sharding.NamedSharding:
-    from fusejax import sharding
-
-    return sharding.named(mesh, variable.get_metadata()["axes"], tuple(variable.shape))
 
 
 def count_parameters(config: DecoderConfig) -> int:

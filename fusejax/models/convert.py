@@ -24,7 +24,7 @@ Shapes = dict[str, tuple[int, ...]]  # parameter path → shape of one layer
 class View(NamedTuple):
     """A stored tensor and the parameter's part that it holds."""
 
-    at: tuple[int, ...]  # the entry of the parameter's first dimensions: of the layers, and of the experts
+    at: tuple[int, ...]  # as `Named.at`
     stored: files.StoredTensor
     tensor: Tensor
     part: int
@@ -44,6 +44,11 @@ class Named(NamedTuple):
     tensor: Tensor
     layer: int
     entry: int | None  # of the parameter's first dimension, None for all
+
+    def at(self, param: str) -> tuple[int, ...]:
+        """Its place in the parameter's first dimensions: of the layers, and of the experts."""
+        layers = (self.layer,) if param.startswith("blocks.") else ()
+        return layers if self.entry is None else (*layers, self.entry)
 
 
 def dotted(path: tuple[Any, ...]) -> str:
@@ -136,7 +141,8 @@ def match(folder: Path, family: Family, config: DecoderConfig, headers_only: boo
     stored, shapes = files.tensors(folder), param_shapes(config)
     views: Views = {path: [] for path in shapes}
     known: set[str] = set()
-    for name, tensor, layer, entry in _layout(family, config, stored, shapes):
+    for named in _layout(family, config, stored, shapes):
+        name, tensor = named.name, named.tensor
         names = [candidate for candidate in (name, *tensor.aliases) if candidate in stored]
         if not names:
             file = files.weight_files(folder)[0]
@@ -158,8 +164,7 @@ def match(folder: Path, family: Family, config: DecoderConfig, headers_only: boo
                 known.add(copy)
                 _check_copy(copy, stored[copy], names[0], found, headers_only)
         for part, param in enumerate(tensor.params):
-            at = ((layer,) if param.startswith("blocks.") else ()) + (() if entry is None else (entry,))
-            views[param].append(View(at, found, tensor, part))
+            views[param].append(View(named.at(param), found, tensor, part))
     for name in stored.keys() - known:
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             raise UserError(f"{stored[name].file}: tensor {name} is unknown: {family.architecture} has none such")
@@ -191,12 +196,7 @@ def stored_tensors(model: Decoder, family: Family, dtype: Any) -> Iterator[tuple
     shapes = param_shapes(model.config)
 
     def read(named: Named) -> np.ndarray:
-        parts = [
-            to_host(values[param], (named.layer,) if param.startswith("blocks.") else ())
-            for param in named.tensor.params
-        ]
-        if named.entry is not None:
-            parts = [part[named.entry] for part in parts]
+        parts = [to_host(values[param], named.at(param)) for param in named.tensor.params]
         return np.ascontiguousarray(from_params(named.tensor, parts)).astype(jnp.dtype(dtype))
 
     for named in expected(family.tensors(model.config), model.config, shapes):

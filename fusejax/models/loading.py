@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fusejax import sharding
 from fusejax.models.convert import Shapes, View, Views, dotted, match, param_shapes
 from fusejax.models.decoder import Decoder, fill
 from fusejax.models.families import Family
@@ -77,9 +78,8 @@ def _release(views: Iterable[View]) -> None:
         stored.release()
 
 
-def _sharding(variable: nnx.Param, mesh: Any) -> jax.sharding.NamedSharding:
-    from fusejax import sharding
-
+def sharding_of(variable: nnx.Param, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """Where a parameter lies on the mesh, by its declaration."""
     return sharding.named(mesh, variable.get_metadata()["axes"], tuple(variable.shape))
 
 
@@ -98,37 +98,37 @@ def _whole(parts: list[View], shapes: Shapes, variable: nnx.Param, mesh: Any, dt
 
     if mesh is None:
         return jnp.asarray(shard(tuple(slice(0, size) for size in shape)))
-    return jax.make_array_from_callback(shape, _sharding(variable, mesh), shard)
+    return jax.make_array_from_callback(shape, sharding_of(variable, mesh), shard)
 
 
 def _zeros(variable: nnx.Param, mesh: Any, dtype: Any) -> jax.Array:
     if mesh is None:
         return jnp.zeros(variable.shape, dtype)
-    return jax.jit(partial(jnp.zeros, variable.shape, dtype), out_shardings=_sharding(variable, mesh))()
+    return jax.jit(partial(jnp.zeros, variable.shape, dtype), out_shardings=sharding_of(variable, mesh))()
 
 
 def _write(array: jax.Array, view: View, shapes: Shapes, dtype: Any) -> jax.Array:
     """`array`, whose memory is used again, with the view's part at its place."""
     part = view.read(shapes)
-    sharding = array.sharding if isinstance(array.sharding, jax.sharding.NamedSharding) else None
-    if sharding is None:
+    layout = array.sharding if isinstance(array.sharding, jax.sharding.NamedSharding) else None
+    if layout is None:
         piece = jnp.asarray(np.ascontiguousarray(part, dtype))
     else:
-        spec = jax.sharding.PartitionSpec(*sharding.spec[len(view.at) :])
+        spec = jax.sharding.PartitionSpec(*layout.spec[len(view.at) :])
         piece = jax.make_array_from_callback(
             part.shape,
-            jax.sharding.NamedSharding(sharding.mesh, spec),
+            jax.sharding.NamedSharding(layout.mesh, spec),
             lambda index: np.ascontiguousarray(part[index], dtype),
         )
-    written = _writer(sharding)(array, piece, view.at)
+    written = _writer(layout)(array, piece, view.at)
     # Else dispatch would run ahead, and many tensors would wait on the host.
     return jax.block_until_ready(written)
 
 
 @lru_cache
-def _writer(sharding: Any) -> Any:
+def _writer(layout: Any) -> Any:
     def write(array: jax.Array, piece: jax.Array, at: tuple[int, ...]) -> jax.Array:
         return array.at[at].set(piece)
 
-    options = {} if sharding is None else {"out_shardings": sharding}
+    options = {} if layout is None else {"out_shardings": layout}
     return jax.jit(write, donate_argnums=0, **options)
