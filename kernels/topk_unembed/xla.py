@@ -1,6 +1,7 @@
 """In blocks over the vocabulary, with a running top-k and a running log-sum-exp: one [T, block] array at a time."""
 
-import functools
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,52 @@ def topk_unembed(
     """Of the first `vocab_size` columns (and of them those before `valid`): see `fusejax.kernels.topk_unembed`."""
     T = hidden_TD.shape[0]
     block = block or default_block(T)
-    take = functools.partial(_take_block, hidden_TD, unembedding_DV, labels_T, valid, k, logit_scale, logit_cap)
-    carry = (
+    carry: tuple[jax.Array, ...] = (
         jnp.full((T, k), -jnp.inf),
         jnp.zeros((T, k), jnp.int32),
         jnp.full(T, -jnp.inf),
         jnp.zeros(T),
         jnp.zeros(T),
     )
+    carry = over_blocks(
+        partial(_take_block, labels_T, k),
+        carry,
+        hidden_TD,
+        unembedding_DV,
+        valid,
+        vocab_size=vocab_size,
+        logit_scale=logit_scale,
+        logit_cap=logit_cap,
+        block=block,
+    )
+    values_TK, ids_TK, max_T, sum_T, label_T = carry
+    return Candidates(values_TK, ids_TK, max_T + jnp.log(sum_T), label_T)
+
+
+def over_blocks(
+    step: Callable[[tuple[jax.Array, ...], jax.Array, jax.Array], tuple[jax.Array, ...]],
+    carry: tuple[jax.Array, ...],
+    hidden_TD: jax.Array,
+    unembedding_DV: jax.Array,
+    valid: jax.Array | None,
+    *,
+    vocab_size: int,
+    logit_scale: float,
+    logit_cap: float | None,
+    block: int,
+) -> tuple[jax.Array, ...]:
+    """The carry after step(carry, logits float32 [T, ≤ block], the first one's id) for the first `vocab_size` columns.
+
+    The logits of columns from `valid` on are −inf; None: there are none such.
+    """
+
+    def take(size: int, carry: tuple[jax.Array, ...], start: jax.Array) -> tuple[jax.Array, ...]:
+        table_DB = jax.lax.dynamic_slice_in_dim(unembedding_DV, start, size, axis=1)
+        logits_TB = logits_of(hidden_TD, table_DB, logit_scale, logit_cap)
+        if valid is not None:
+            logits_TB = jnp.where(start + jnp.arange(size) < valid, logits_TB, -jnp.inf)
+        return step(carry, logits_TB, start)
+
     whole = vocab_size // block
     if whole:
         starts = jnp.arange(whole, dtype=jnp.int32) * block
@@ -45,17 +84,15 @@ def topk_unembed(
     # What no whole block covers is a block of its own: padding the table would copy it.
     if vocab_size % block:
         carry = take(vocab_size % block, carry, jnp.int32(whole * block))
-    values_TK, ids_TK, max_T, sum_T, label_T = carry
-    return Candidates(values_TK, ids_TK, max_T + jnp.log(sum_T), label_T)
+    return carry
 
 
-def _take_block(hidden_TD, unembedding_DV, labels_T, valid, k, logit_scale, logit_cap, size, carry, start):  # type: ignore[no-untyped-def]
-    """The carry after the vocabulary entries start .. start + size."""
+def _take_block(
+    labels_T: jax.Array, k: int, carry: tuple[jax.Array, ...], logits_TB: jax.Array, start: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The carry after a block whose first entry is `start`."""
     values_TK, ids_TK, max_T, sum_T, label_T = carry
-    table_DB = jax.lax.dynamic_slice_in_dim(unembedding_DV, start, size, axis=1)
-    logits_TB = logits_of(hidden_TD, table_DB, logit_scale, logit_cap)
-    if valid is not None:
-        logits_TB = jnp.where(start + jnp.arange(size) < valid, logits_TB, -jnp.inf)
+    size = logits_TB.shape[1]
     if k:
         new_TK, where_TK = jax.lax.top_k(logits_TB, min(k, size))
         # Earlier blocks come first, and top_k keeps the first of equals: ties go to the lower id.
