@@ -49,7 +49,7 @@ def statistics(
     per_tile = Statistics(
         at=at[None, :T, :M1],
         lse=(shift + jnp.log(total))[:, :T],
-        lse_tempered=(shift / τ + jnp.log(tempered))[:, :T] if not options.tail and τ != 1 else None,
+        lse_tempered=(shift / τ + jnp.log(tempered))[:, :T] if options.tempered else None,
         mean=jnp.where(total > 0, weighted / total, 0.0)[:, :T] if options.model_entropy else None,
     )
     return combine(per_tile), kept
@@ -152,8 +152,10 @@ def _statistics_kernel(
     e = jnp.exp(z - shift[:, None])
     top_ref[...] = top
     sum_ref[...] = jnp.sum(e, 1)
-    tempered_ref[...] = jnp.sum(jnp.exp((z - shift[:, None]) / options.temperature), 1)
-    weighted_ref[...] = jnp.sum(jnp.where(e > 0, e * z, 0.0), 1)
+    if options.tempered:
+        tempered_ref[...] = jnp.sum(jnp.exp((z - shift[:, None]) / options.temperature), 1)
+    if options.model_entropy:
+        weighted_ref[...] = jnp.sum(jnp.where(e > 0, e * z, 0.0), 1)
 
 
 def _dlogits_kernel(
@@ -163,7 +165,7 @@ def _dlogits_kernel(
     columns = pl.program_id(1) * _TILE + jnp.arange(_TILE)
     z = _logits(h_ref, w_ref, columns, width, options)
     dz = dense_ref[...][:, None] * jnp.exp(z - shift_ref[...][:, None])
-    if not options.tail and options.temperature != 1:
+    if options.tempered:
         tempered = jnp.exp(z / options.temperature - shift_tempered_ref[...][:, None])
         dz += tempered_ref[...][:, None] * tempered
     ids, at = ids_ref[...], at_ref[...]

@@ -37,6 +37,11 @@ class Options(NamedTuple):
     model_entropy: bool = False
     gradients: str = "forward"
 
+    @property
+    def tempered(self) -> bool:
+        """Whether there are terms of all logits over τ; a tail's few events are tempered on their own."""
+        return not self.tail and self.temperature != 1
+
 
 class Rows(NamedTuple):
     """Per-token inputs; T tokens, M support entries.
@@ -84,7 +89,7 @@ class Statistics(NamedTuple):
     """What is needed of a token's logits z, float32; "counted" are all tokens, but under a tail those off the support.
 
     at: [T, M + 1], z at the M support ids and at the label, 0 where there is none. lse: [T], logsumexp of the counted
-    z. lse_tempered: [T], logsumexp(z/τ), without a tail at τ ≠ 1. mean: [T], the mean of the counted z under their
+    z. lse_tempered: [T], logsumexp(z/τ), where `Options.tempered`. mean: [T], the mean of the counted z under their
     softmax, where the model's entropy is asked for. What a variant has no use for is None.
     """
 

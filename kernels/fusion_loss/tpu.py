@@ -47,8 +47,7 @@ def statistics(
         **tiles.compiler_options(2 * T * D * W, h, weights, 0, across_columns="arbitrary"),
     )(limit, h, weights, ids)
     lse, tempered, mean = (x[:, 0] for x in others)
-    wants_tempered = not options.tail and options.temperature != 1
-    found = Statistics(at, lse, tempered if wants_tempered else None, mean if options.model_entropy else None)
+    found = Statistics(at, lse, tempered if options.tempered else None, mean if options.model_entropy else None)
     return found, (h, weights, limit)
 
 
@@ -160,7 +159,7 @@ def _statistics_kernel(
     shift = jnp.where(top == -jnp.inf, 0.0, top)
     faded, e = top_ref[...] - shift, jnp.exp(z - shift)
     sum_ref[...] = sum_ref[...] * jnp.exp(faded) + jnp.sum(e, 1, keepdims=True)
-    if not options.tail and τ != 1:
+    if options.tempered:
         sum_τ_ref[...] = sum_τ_ref[...] * jnp.exp(faded / τ) + jnp.sum(jnp.exp((z - shift) / τ), 1, keepdims=True)
     if options.model_entropy:
         parts = jnp.sum(jnp.where(e > 0, e * z, 0.0), 1, keepdims=True)
@@ -185,7 +184,7 @@ def _dlogits_kernel(
     first = pl.program_id(1) * z.shape[1]
     M = ids_ref.shape[1] - 1
     dz_ref[...] = dense_ref[...] * jnp.exp(z - shift_ref[...])
-    if not options.tail and options.temperature != 1:
+    if options.tempered:
         dz_ref[...] += tempered_ref[...] * jnp.exp(z / options.temperature - shift_τ_ref[...])
     ids, at = ids_ref[...], at_ref[...]
 

@@ -32,8 +32,7 @@ def statistics(
     if options.tail:
         counted = _set(counted, ids[:, :-1], -jnp.inf)
     lse = jax.nn.logsumexp(counted, -1)
-    τ = options.temperature
-    tempered = None if options.tail or τ == 1 else jax.nn.logsumexp(counted / τ, -1)
+    tempered = jax.nn.logsumexp(counted / options.temperature, -1) if options.tempered else None
     mean = None
     if options.model_entropy:
         # Σ p log p in this form is a twelfth of the work of Σ p z with its 0 · −∞ masked: it compiles to one lean pass.
