@@ -18,6 +18,7 @@ _FAR = np.int32(1 << 30)
 _BLOCK = 64  # rows that are filled again to read the path; of the others only every 64th is kept
 _COLUMNS = 16  # columns of one block outside the band
 _HALF_WIDTHS = (32, 128)  # bands that are tried; each wider than a block to either side
+_WORTH = 32  # a band is tried on series so many times its half width: else a failure costs too much of the whole matrix
 
 
 def warp(
@@ -31,7 +32,7 @@ def warp(
     """
     if guess_N is not None:
         for half in _HALF_WIDTHS:
-            if 8 * half > min(len(a_N), len(b_M)):
+            if _WORTH * half > min(len(a_N), len(b_M)):
                 break
             first_N, last_N = _band(guess_N, half, len(b_M))
             if (last_N - first_N).max() > 16 * half:  # the guess jumps: as much memory as all of D
@@ -175,11 +176,11 @@ def _trace(cost_UV, a_N, b_M, kept_KM):
     i, j, at = n - 1, m - 1, n + m
     total = np.int32(0)
     for k in range(len(kept_KM) - 1, -1, -1):
-        start = k * _BLOCK
-        block_RM[0] = kept_KM[k]
+        start, stop = k * _BLOCK, j + 1  # the path, read backwards, never comes to a later column again
+        block_RM[0, :stop] = kept_KM[k, :stop]
         for r in range(start, i + 1):
             s = r - start
-            _row(cost_UV[a_N[r]], b_M, block_RM[s], block_RM[s + 1], np.int32(0) if r == 0 else _FAR)
+            _row(cost_UV[a_N[r]], b_M[:stop], block_RM[s], block_RM[s + 1], np.int32(0) if r == 0 else _FAR)
         if at == n + m:
             total = block_RM[i - start + 1, j]
         while i >= start:

@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", metavar="MODEL", nargs="+", default=[], help="the same of one source or several")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to align (default: of Python's own library)")
     parser.add_argument(
-        "--tokens", type=positive, default=2048, metavar="N", help="`mined` against plain at N x N (default 2048)"
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=[2048],
+        metavar="N",
+        help="target tokens of the texts on which `mined` and plain are compared (default 2048)",
     )
     parser.add_argument("--no-plain", action="store_true", help="leave the reference's slow way out")
 
@@ -140,10 +145,20 @@ def _row_maps(name: str, target: Tokenizer, source: Tokenizer, documents: list[s
 def _warping(
     name: str, target: Tokenizer, source: Tokenizer, documents: list[str], options: argparse.Namespace
 ) -> list[core.Case]:
-    """`mined` and the plain restatement on N source and N target tokens of the same text."""
-    n = options.tokens
-    text = "".join(documents)
-    target_tokens, source_tokens = (Tokens(*(part[:n] for part in tok.encode(text))) for tok in (target, source))
+    """`mined` and the plain restatement on texts of N target tokens."""
+    whole = "".join(documents).encode()
+    ends_T = target.encode(whole.decode())[1]
+    found: list[core.Case] = []
+    for n in options.tokens:
+        text = whole[: ends_T[min(n, len(ends_T)) - 1]].decode("utf-8", "ignore")
+        found += _one_warping(name, target, source, text, options)
+    return found
+
+
+def _one_warping(
+    name: str, target: Tokenizer, source: Tokenizer, text: str, options: argparse.Namespace
+) -> list[core.Case]:
+    target_tokens, source_tokens = Tokens.of(target, text), Tokens.of(source, text)
     size = f"{len(source_tokens.ids)} x {len(target_tokens.ids)}"
     spellings = mined.Spellings(source), mined.Spellings(target)
     ours = partial(mined.warp_tokens, source_tokens, target_tokens, *spellings)
