@@ -58,7 +58,8 @@ class CacheConfig(Section):
     top_k: int = Field(10, ge=1, le=1024)
     rounds: int = Field(50, ge=1, le=255)
     values: Literal["float16", "float32", "uint8"] = "float16"  # of log-probabilities; uint8: errors up to 0.005 in p
-    batch_tokens: int = Field(8192, ge=1)  # tokens of one forward pass, padding included
+    batch_tokens: int | None = Field(None, ge=1)  # of a forward pass, padding included; default: by the devices' memory
+    mesh: Literal["process", "job"] = "process"  # a source lies on each process' own devices | on those of all
 
 
 class AlignmentConfig(Section):

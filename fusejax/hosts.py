@@ -15,10 +15,15 @@ def index_and_count() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def own(shards: Sequence[tuple[int, range]]) -> list[tuple[int, range]]:
-    """The shards that this host makes; by number, so that hosts agree whatever each one found missing."""
+def is_own(shard: int) -> bool:
+    """Whether this host writes the shard; by number, so that hosts agree whatever each one found missing."""
     index, count = index_and_count()
-    return [(shard, span) for shard, span in shards if shard % count == index]
+    return shard % count == index
+
+
+def own(shards: Sequence[tuple[int, range]]) -> list[tuple[int, range]]:
+    """The shards that this host writes."""
+    return [(shard, span) for shard, span in shards if is_own(shard)]
 
 
 def wait_for_all(what: str) -> None:

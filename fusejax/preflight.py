@@ -41,13 +41,13 @@ def check_devices(config: Config, training: bool = True) -> None:
     """UserError where `kernels` or `attention` ask for what this machine's devices or the models cannot do.
 
     Attention is traced, as far as the models' configurations are here; nothing is compiled. training: the target's
-    packed rows over the whole mesh too, and not the sources alone over this process' devices.
+    packed rows over the whole mesh too, and not the sources alone.
     """
-    mesh = sharding.make_mesh(config.mesh) if training else sharding.local_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh) if training else sharding.sources_mesh(config)
     sharding.check_kernels(config.kernels, mesh)
     if config.attention in ("splash", "cudnn"):
         for source in config.sources:
-            _check_attention(config, source, sharding.local_mesh(config.mesh), packed=False)
+            _check_attention(config, source, sharding.sources_mesh(config), packed=False)
         if training:
             _check_attention(config, config.target, mesh, packed=True)
 

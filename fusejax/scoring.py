@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from fusejax import sharding
@@ -24,6 +25,9 @@ from fusejax.tokenizers import Tokenizer
 
 _AHEAD = 2  # batches that the device has queued while the host works on an earlier one
 _HALVINGS = 3  # the shortest rows are max_length / 8
+_SHARE = 0.8  # of the free memory may a batch take, by its program's own account
+_MOST_TOKENS = 1 << 14  # of a batch on one device: more is no faster
+_UNKNOWN_TOKENS = 1 << 13  # of a batch where devices do not tell their memory
 
 
 class Scores(NamedTuple):
@@ -177,7 +181,7 @@ class Scorer:
         k: int,
         vocab_size: int | None = None,
         max_length: int,
-        batch_tokens: int,
+        batch_tokens: int | None,
         mesh: Mesh,
         draws: Draws | None = None,
         implementation: Implementation = "auto",
@@ -186,17 +190,21 @@ class Scorer:
 
         vocab_size: ids from here on get probability 0 (rows of a padded embedding that stand for no token). draws:
         instead of the k largest entries, `Scores.ids` is as many draws, and `logprobs` has no columns. implementation:
-        of `topk_unembed`.
+        of `topk_unembed`. batch_tokens: of a batch; None: as many as the devices have memory for, see `_fitting`.
         """
-        self._max_length, self._batch_tokens, self._mesh = max_length, batch_tokens, mesh
+        self._max_length, self._mesh = max_length, mesh
         self._row_multiple = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
         structure, self._state = nnx.split(model)
         placement = sharding.placement(mesh)
         if draws is None:
-            self._forward = functools.partial(_forward, structure, k, vocab_size, placement, implementation)
+            self._program: Any = _forward
+            self._static: tuple[Any, ...] = (structure, k, vocab_size, placement, implementation)
         else:
-            self._forward = functools.partial(_draw, structure, draws, vocab_size, placement)
+            self._program, self._static = _draw, (structure, draws, vocab_size, placement)
         self._numbered = draws is not None
+        # Over several processes' devices each gets all results: which of them keeps what is their caller's to say.
+        self._gather = jax.jit(lambda out: out, out_shardings=sharding.replicated(mesh))
+        self.batch_tokens = self._fitting() if batch_tokens is None else batch_tokens
 
     def __call__(
         self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]
@@ -217,7 +225,7 @@ class Scorer:
         running: deque[tuple[Any, Batch, Any, np.ndarray]] = deque()
         for group in groups:
             lengths = np.array([len(line) for line in group.inputs], np.int64)
-            for batch in plan(lengths, self._max_length, self._batch_tokens, self._row_multiple):
+            for batch in plan(lengths, self._max_length, self.batch_tokens, self._row_multiple):
                 running.append((group.name, batch, self._start(batch, group), lengths))
                 if len(running) > _AHEAD:
                     done, *rest = running.popleft()
@@ -225,6 +233,27 @@ class Scorer:
         while running:
             done, *rest = running.popleft()
             yield done, *_finish(*rest)
+
+    def _fitting(self) -> int:
+        """Tokens of a batch: what the compiled program of the smallest one says that the devices' free memory holds.
+
+        At most `_MOST_TOKENS` for each device that has rows of its own; `_UNKNOWN_TOKENS` in all where the devices say
+        nothing of their memory, as CPUs do. Counts the rows' share of memory alone as if all of it grew with them.
+        """
+        free = _free_memory(self._mesh)
+        if free is None:
+            return _UNKNOWN_TOKENS
+        sharding_B = sharding.batch_sharding(self._mesh)
+        line_BL = jax.ShapeDtypeStruct((self._row_multiple, self._max_length), jnp.int32, sharding=sharding_B)
+        number_B = jax.ShapeDtypeStruct((self._row_multiple,), jnp.int32, sharding=sharding_B)
+        inputs = (line_BL, line_BL, *([number_B] if self._numbered else []))
+        needed = self._program.lower(*self._static, self._state, *inputs).compile().memory_analysis()
+        per_row = needed.temp_size_in_bytes + (_AHEAD + 1) * needed.output_size_in_bytes
+        most = max(_MOST_TOKENS // self._max_length, 1)
+        rows = int(np.clip(_SHARE * free // max(per_row, 1), 1, most))
+        if self._mesh.is_multi_process:  # all run the same batches
+            rows = int(multihost_utils.process_allgather(np.int32(rows)).min())
+        return rows * self._row_multiple * self._max_length
 
     def _start(self, batch: Batch, group: Group) -> Any:
         ids_BL = np.zeros((batch.rows, batch.length), np.int32)
@@ -235,7 +264,14 @@ class Scorer:
             labels_BL[row, : len(group.labels[i])] = group.labels[i]
             numbers_B[row] = group.first + i
         arrays = {"ids": ids_BL, "labels": labels_BL} | ({"numbers": numbers_B} if self._numbered else {})
-        return self._forward(self._state, *sharding.put_batch(arrays, self._mesh).values())
+        out = self._program(*self._static, self._state, *sharding.put_batch(arrays, self._mesh).values())
+        return self._gather(out) if self._mesh.is_multi_process else out
+
+
+def _free_memory(mesh: Mesh) -> int | None:
+    """Bytes free on the fullest of this process' devices; None where they do not tell."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s), default=None)
 
 
 def _finish(batch: Batch, arrays: Any, lengths: np.ndarray) -> tuple[list[int], list[Scores]]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fusejax.config import KernelsConfig, MeshConfig
+from fusejax.config import Config, KernelsConfig, MeshConfig
 from fusejax.errors import UserError
 from fusejax.kernels.placement import Placement
 
@@ -156,6 +156,11 @@ def local_mesh(config: MeshConfig | None = None) -> Mesh:
     tensor = config.tensor if config and len(devices) % config.tensor == 0 else 1
     shape = (1, len(devices) // tensor, tensor)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def sources_mesh(config: Config) -> Mesh:
+    """What a source is laid out over: this process' own devices, or under `cache.mesh: job` those of all processes."""
+    return make_mesh(config.mesh) if config.cache.mesh == "job" else local_mesh(config.mesh)
 
 
 def whole_mesh() -> Mesh:

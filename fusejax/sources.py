@@ -12,6 +12,7 @@ A document on which the source gives values that are not numbers (an overflow, a
 rows: it falls back for this source, is counted, and cannot reach its neighbours, since no two documents share a row.
 """
 
+import json
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -76,12 +77,23 @@ def _cache(config: Config, source: ModelConfig) -> None:
         return
     if any("imported" in note for note in writer.notes()):
         raise UserError(f"{folder}: holds a part of an import: run `fusejax import` again, or remove that folder")
-    # Shards are split over the processes; what each holds does not depend on how many there are.
-    todo = hosts.own(writer.missing())
+    todo = _todo(config, writer, source.label)
     if todo:
         _run_model(config, source, tokenizer, tokens, writer, todo)
     hosts.wait_for_all(f"source {source.label}")
     distributed.alone(f"source {source.label}: manifest", lambda: finish(source, tokens, writer))
+
+
+def _todo(config: Config, writer: StoreWriter, label: str) -> list[tuple[int, range]]:
+    """The shards that this process computes: its own, or, where all compute together, all that process 0 misses.
+
+    What a shard holds does not depend on how many processes there are.
+    """
+    if config.cache.mesh == "process":
+        return hosts.own(writer.missing())
+    spans = [(shard, span.start, span.stop) for shard, span in writer.missing()]
+    told = json.loads(distributed.tell(f"source {label}: shards", json.dumps(spans)))
+    return [(shard, range(start, stop)) for shard, start, stop in told]
 
 
 def finish(source: ModelConfig, tokens: Store, writer: StoreWriter, more: Mapping[str, str] | None = None) -> None:
@@ -121,7 +133,7 @@ def _run_model(
     todo: list[tuple[int, range]],
 ) -> None:
     """Load the model and write the shards `todo`."""
-    mesh = sharding.local_mesh(config.mesh)
+    mesh = sharding.sources_mesh(config)
     sharding.check_kernels(config.kernels, mesh)
     compute = jnp.dtype(config.precision.compute)
     model = models.load(
@@ -177,7 +189,9 @@ def write_rows(
                     records[place] = note.record(span[place], text_rows, vocab_size, values)
                     n_tokens += len(text_rows.ce)
                 bar.advance(len(places), f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
-            writes.append(pool.submit(writer.write, shard, records, note.finish(documents, source)))
+            about = note.finish(documents, source)
+            if hosts.is_own(shard):  # each is, but where all processes compute together
+                writes.append(pool.submit(writer.write, shard, records, about))
             if len(writes) > 1:
                 writes.popleft().result()
         while writes:

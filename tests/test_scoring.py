@@ -112,6 +112,28 @@ def test_plan_covers_all_within_its_bounds(case, batch_tokens, row_multiple):
     assert all(len(batch.documents) == batch.rows for batch in batches[:-1])
 
 
+def test_a_batch_takes_what_the_devices_have_free(monkeypatch):
+    """The program of the batch that was chosen really needs no more, by the compiler's account."""
+    model = RunningMean()
+    inputs, labels = documents()
+    assert scorer(model, batch_tokens=None).batch_tokens == scoring._UNKNOWN_TOKENS  # a CPU tells nothing
+    chosen = []
+    for free in (1 << 16, 1 << 18, 1 << 20, 1 << 40):
+        monkeypatch.setattr(scoring, "_free_memory", lambda mesh, free=free: free)
+        sized = scorer(model, batch_tokens=None)
+        chosen.append(sized.batch_tokens)
+        assert chosen[-1] % 32 == 0
+        if 32 < chosen[-1] < scoring._MOST_TOKENS:
+            line_BL = jax.ShapeDtypeStruct((chosen[-1] // 32, 32), jnp.int32)
+            program = sized._program.lower(*sized._static, sized._state, line_BL, line_BL).compile()
+            needed = program.memory_analysis()
+            assert 0.2 * free < needed.temp_size_in_bytes + 3 * needed.output_size_in_bytes < 0.8 * free
+    assert chosen == sorted(chosen)
+    assert chosen[-1] == scoring._MOST_TOKENS
+    for scores, one in zip(collect(sized, inputs, labels), collect(scorer(model), inputs, labels), strict=True):
+        np.testing.assert_array_equal(scores.ids, one.ids)
+
+
 def tokenizer(**changes):
     fields = {
         "bos_id": 1,

@@ -128,7 +128,7 @@ class _Bench:
         lengths = np.array([len(line) for line in self._inputs])
         rows = int(np.prod([self._mesh.shape[axis] for axis in sharding.BATCH]))
         found = []
-        for batch in scoring.plan(lengths, self._job.max_length, self._job.cache.batch_tokens, rows):
+        for batch in scoring.plan(lengths, self._job.max_length, self._options.batch_tokens, rows):
             ids_BL = np.zeros((batch.rows, batch.length), np.int32)
             for row, i in enumerate(batch.documents):
                 ids_BL[row, : lengths[i]] = self._inputs[i]

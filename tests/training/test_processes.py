@@ -24,8 +24,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(path, *overrides, devices=4, command="train", output=None, process=None, processes=2, port=None):
-    """One process of a job in the background, its text in pipes."""
+def start(path, *overrides, devices=4, command="train", output=None, process=None, processes=2, port=None, code=""):
+    """One process of a job in the background, its text in pipes; `code` comes before the command."""
     told = []
     if process is not None:
         told = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}"]
@@ -36,7 +36,7 @@ def start(path, *overrides, devices=4, command="train", output=None, process=Non
     }  # fmt: skip
     output = [] if output is None else [f"output={output}"]
     return subprocess.Popen(
-        [sys.executable, "-c", RUN, command, str(path), *told, *output, *overrides],
+        [sys.executable, "-c", code + RUN, command, str(path), *told, *output, *overrides],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
 
@@ -121,19 +121,29 @@ def test_two_processes_equal_one_and_go_on_after_kill_and_sigterm_on_any_number(
 
 
 @pytest.mark.slow
-def test_sources_of_two_processes_equal_those_of_one(job):
+@pytest.mark.parametrize(("mesh", "devices"), [("process", 4), ("job", 8)])
+def test_sources_of_two_processes_equal_those_of_one(job, mesh, devices):
+    """Each process over its own share of the shards; or all together, a source laid out over the devices of both."""
     path, copy = job
     apart = copy("apart")
     shutil.rmtree(apart / "sources")
-    results = both(path, command="sources", output=apart)
+    # Small shards, so that both processes write some.
+    code = (
+        "import fusejax.sources as s; s.shard_records = lambda *_: 3; load = s.models.load\n"
+        "s.models.load = lambda *a, **b: (print('over', b['mesh'].size, 'devices'), load(*a, **b))[1]\n"
+    )
+    results = both(path, f"cache.mesh={mesh}", command="sources", output=apart, code=code)
     assert [code for code, _ in results] == [0, 0], results
+    assert f"over {devices} devices" in results[0][1]
     for label in ("coarse", "fine"):
         here, there = Store(apart / "sources" / label), Store(config.load(path).folder / "sources" / label)
         assert here.inputs == there.inputs
+        assert here.n_shards == 4
         for a, b in zip(here, there, strict=True):
             assert a.keys() == b.keys()
-            for name in a:
-                np.testing.assert_allclose(a[name], b[name], rtol=1e-2, atol=1e-2)
+            np.testing.assert_array_equal(a["ids"], b["ids"])
+            np.testing.assert_allclose(a["logprobs"], b["logprobs"], rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(a["ce"], b["ce"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
