@@ -218,14 +218,14 @@ class _Source:
         self._tokenizer = tokenizers.for_model(source)
         self._tokens = _tokens(config, self._tokenizer)
         self._has_targets_tokens = self._tokens.folder == _tokens(config, tokenizers.for_model(config.target)).folder
-        self._cache = SourceCache(config.folder / "sources" / source.label)
+        self._cache = SourceCache.of(config, source)
         wanted = sources.inputs(config, source, self._tokenizer)
         check_inputs(self._cache.folder, {key: self._cache.inputs.get(key) for key in wanted}, wanted)
         self.width = self._cache.width
         if config.alignment.gold_chain or config.fusion.level == "token":
             self._cache.require_token_ce()
         self._row_maps = Store(config.folder / "alignment" / source.label)
-        self._chains = Chains(config, source.label) if config.alignment.gold_chain else None
+        self._chains = Chains(config, source) if config.alignment.gold_chain else None
 
     def rows(self, document: int, target: Arrays) -> Arrays:
         """The source_* arrays of a document, [n, ...] for the n text tokens of the target; none if the source broke."""

@@ -13,11 +13,14 @@ Ids take 16 bits where the vocabulary allows it, else 32: the store's shards are
 the 40 bytes of ten such ids; packing them to 18 bits first left 18.5, and costs time at every read.
 """
 
+import os
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.store import Store
 
@@ -114,16 +117,52 @@ def decode(record: Mapping[str, np.ndarray]) -> Record:
     return {"ids": record["ids"].astype(np.int32), "logprobs": logprobs, "ce": record["ce"]}
 
 
+def folder_of(config: Config, source: ModelConfig) -> Path:
+    """Where a job keeps a source's cache."""
+    return config.folder / "sources" / source.label
+
+
+def holds_more(inputs: Mapping[str, Any], summary: Mapping[str, Any], top_k: int) -> bool:
+    """Whether a cache with this manifest serves a job that uses the first top_k entries of its rows."""
+    return "imported" not in summary and inputs.get("top_k", 0) > top_k
+
+
+def first_entries(record: Mapping[str, np.ndarray], k: int) -> Record:
+    """The record (of the kind `topk`) that a cache of k entries a row would hold: a row's first ones are the likeliest.
+
+    >>> record = topk_record(np.array([[7, 3]]), np.log([[0.5, 0.25]]), np.ones(1), 9, "float32")
+    >>> first_entries(record, 1)["ids"].tolist()
+    [[7]]
+    """
+    return {name: array[:, :k] if array.ndim == 2 else array for name, array in record.items()}
+
+
 class SourceCache(Store):
-    """A source's cache; `cache[i]` is document i's rows, decoded (see `decode`)."""
+    """A source's cache; `cache[i]` is document i's rows, decoded (see `decode`).
+
+    Asked for fewer entries than its rows hold, it is in every respect, `inputs` included, the cache that was made with
+    so few. Imported rows are not: their probabilities add up to 1.
+    """
+
+    def __init__(self, folder: str | os.PathLike, top_k: int | None = None) -> None:
+        super().__init__(folder)
+        self._top_k = top_k if top_k and holds_more(self.inputs, self.summary, top_k) else None
+        if self._top_k:
+            self.inputs = self.inputs | {"top_k": self._top_k}
+
+    @classmethod
+    def of(cls, config: Config, source: ModelConfig) -> "SourceCache":
+        """The cache of a job's source, with as many entries a row as the job uses."""
+        return cls(folder_of(config, source), source.top_k or config.cache.top_k)
 
     @property
     def width(self) -> int:
         """Entries of the widest row of all."""
-        return self.summary["width"]
+        return min(self.summary["width"], self._top_k or self.summary["width"])
 
     def __getitem__(self, i: int) -> Record:
-        return decode(super().__getitem__(i))
+        record = super().__getitem__(i)
+        return decode(first_entries(record, self._top_k) if self._top_k else record)
 
     def require_token_ce(self) -> None:
         """UserError unless every row has its own token's cross-entropy; imported rows have their document's."""

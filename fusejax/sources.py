@@ -30,8 +30,8 @@ from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
 from fusejax.scoring import Draws, Group, Scorer, Scores, check_fits, inputs_and_labels
-from fusejax.source_cache import Record, Values, entries, sampled_record, topk_record
-from fusejax.store import Store, StoreWriter, fingerprint
+from fusejax.source_cache import Record, Values, entries, folder_of, holds_more, sampled_record, topk_record
+from fusejax.store import Store, StoreWriter, fingerprint, read_manifest
 from fusejax.tokenizers import Tokenizer
 
 _SHARD_TOKENS = 1 << 16  # a shard is what a kill can cost
@@ -68,7 +68,8 @@ def kind(config: Config, source: ModelConfig) -> dict[str, str | int]:
 
 def _cache(config: Config, source: ModelConfig) -> None:
     tokenizer = tokenizers.for_model(source)
-    folder = config.folder / "sources" / source.label
+    folder = folder_of(config, source)
+    source = _with_its_entries(config, source)
     tokens = Store(config.folder / "data/train/tokens" / tokenizer.fingerprint)
     made_from = inputs(config, source, tokenizer) | {"model": models.fingerprint(source.model, source.revision)}
     writer = StoreWriter(folder, made_from, len(tokens), shard_records(tokens, config.max_length))
@@ -94,6 +95,16 @@ def _todo(config: Config, writer: StoreWriter, label: str) -> list[tuple[int, ra
     spans = [(shard, span.start, span.stop) for shard, span in writer.missing()]
     told = json.loads(distributed.tell(f"source {label}: shards", json.dumps(spans)))
     return [(shard, range(start, stop)) for shard, start, stop in told]
+
+
+def _with_its_entries(config: Config, source: ModelConfig) -> ModelConfig:
+    """The source, with the top_k of its cache where that was begun with more than the job uses: it is kept so."""
+    manifest, k = read_manifest(folder_of(config, source)), source.top_k or config.cache.top_k
+    if config.cache.kind != "topk" or manifest is None or not holds_more(manifest["inputs"], manifest["summary"], k):
+        return source
+    there = manifest["inputs"]["top_k"]
+    say(f"source {source.label}: its cache is of {there} entries a row, of which this job uses the first {k}")
+    return source.model_copy(update={"top_k": there})
 
 
 def finish(source: ModelConfig, tokens: Store, writer: StoreWriter, more: Mapping[str, str] | None = None) -> None:

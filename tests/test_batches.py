@@ -10,6 +10,7 @@ from fusejax.batches import Batches, token_counts, token_tables
 from fusejax.errors import UserError
 from fusejax.store import Store
 from fusejax.tokenizers import Tokenizer
+from fusejax.training import run_inputs
 
 ALL_TEXTS = list(itertools.chain(*TEXTS.values()))
 
@@ -188,8 +189,8 @@ def test_an_error_in_the_background_reaches_the_caller(make_ready):
 
 def test_what_was_made_from_something_else_is_named(make_ready, make_job):
     make_ready()
-    with pytest.raises(UserError, match=r"sources/coarse: was made with other settings: top_k \(5 there, 3 now\)"):
-        Batches(make_job(cache={"top_k": 3}))
+    with pytest.raises(UserError, match=r"sources/coarse: was made with other settings: top_k \(5 there, 7 now\)"):
+        Batches(make_job(cache={"top_k": 7}))
     job = make_job()
     shutil.rmtree(job.folder / "data")
     with pytest.raises(UserError, match="other settings: text"):
@@ -198,6 +199,27 @@ def test_what_was_made_from_something_else_is_named(make_ready, make_job):
     with pytest.raises(UserError, match="alignment/coarse"):
         shutil.rmtree(job.folder / "data")
         Batches(make_job())
+
+
+def test_a_cache_of_more_entries_serves_as_the_one_of_fewer(make_ready):
+    """Sources, chains, batches and what a run is known by: all as if the cache had been made with fewer entries."""
+    for values in ("float16", "uint8"):
+        few = make_ready(f"few-{values}", cache={"top_k": 2, "values": values})
+        more = make_ready(f"more-{values}", cache={"top_k": 5, "values": values})
+        maps = [Store(job.folder / "alignment/fine/chain").inputs for job in (few, more)]
+        assert maps[0] != maps[1]
+        shard = next((more.folder / "sources/fine").glob("*.array_record"))
+        before = shard.stat().st_mtime_ns
+        again = make_ready(f"more-{values}", cache={"top_k": 2, "values": values})
+        assert shard.stat().st_mtime_ns == before
+        for one, other in zip(Batches(few).iterate(), Batches(again).iterate(), strict=True):
+            assert one[0] == other[0]
+            assert one[1]["source_ids"].shape[-1] == 2
+            for name, array in one[1].items():
+                np.testing.assert_array_equal(array, other[1][name])
+        assert run_inputs(again, "fused") == run_inputs(few, "fused") != run_inputs(more, "fused")
+        reports = [alignment.read_report(job.folder, "fine") for job in (few, again)]
+        assert reports[0] == reports[1]
 
 
 def test_token_counts_are_kept(make_job, monkeypatch):

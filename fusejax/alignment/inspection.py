@@ -16,7 +16,7 @@ from fusejax.alignment.tokens import TokenTable, table_columns
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.progress import console, say
-from fusejax.source_cache import SourceCache
+from fusejax.source_cache import SourceCache, folder_of
 from fusejax.store import Store, read_manifest
 from fusejax.tokenizers import Tokenizer
 
@@ -66,8 +66,8 @@ def show_document(config: Config, document: str, source: str | None) -> None:
     else:
         columns = table_columns(source_tok, config.alignment.rows)
         table = cache.token_table(target_tok, source_tok, config.alignment.tokens, columns)
-    cached = config.folder / "sources" / model.label
-    source_rows = SourceCache(cached)[i] if (read_manifest(cached) or {}).get("complete") else None
+    manifest = read_manifest(folder_of(config, model))
+    source_rows = SourceCache.of(config, model)[i] if (manifest or {}).get("complete") else None
     record = documents[i]
     say(f"document {i} ({record['id']}), {len(record['text'].encode())} bytes")
     found = lines(record["text"], target_tok, source_tok, table, config.alignment.rows, source_rows)

@@ -20,7 +20,7 @@ from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.parallel import run_shards
 from fusejax.progress import progress, say
-from fusejax.source_cache import SourceCache
+from fusejax.source_cache import SourceCache, folder_of
 from fusejax.store import Inputs, Store, StoreWriter, fingerprint, read_manifest, write_atomically
 
 if TYPE_CHECKING:
@@ -91,11 +91,11 @@ def read_token_table(folder: str | Path) -> TokenTable:
 class Chains:
     """The gold chains of one source, as the stage left them."""
 
-    def __init__(self, config: Config, label: str) -> None:
+    def __init__(self, config: Config, source: ModelConfig) -> None:
         """Raises UserError where they are missing or were made from another cache of the source."""
-        folder = config.folder / "alignment" / label / "chain"
+        folder = config.folder / "alignment" / source.label / "chain"
         manifest = read_manifest(folder)
-        cached = Store(config.folder / "sources" / label).inputs
+        cached = SourceCache.of(config, source).inputs
         if manifest is None or not manifest["complete"] or manifest["inputs"].get("cache") != fingerprint(cached):
             raise UserError(f"{folder}: the gold chains are not made from this cache; run the stage `align` again")
         self._store = Store(folder)
@@ -185,8 +185,8 @@ class Pair:
 
     def _cache(self) -> SourceCache | None:
         """The source's cache, where it is complete."""
-        folder = self._config.folder / "sources" / self._label
-        return SourceCache(folder) if (read_manifest(folder) or {}).get("complete") else None
+        manifest = read_manifest(folder_of(self._config, self._model))
+        return SourceCache.of(self._config, self._model) if (manifest or {}).get("complete") else None
 
     def _write_table(self) -> None:
         columns = 1 if self._same else table_columns(self._source, self._config.alignment.rows)
@@ -207,7 +207,7 @@ class Pair:
         Which rows are left empty shows in the cache only, so all numbers are then those of the sample.
         """
         total, table = Quality(), read_token_table(self._folder)
-        chains = Chains(self._config, self._label) if cached and self._config.alignment.gold_chain else None
+        chains = Chains(self._config, self._model) if cached and self._config.alignment.gold_chain else None
         every = 1 if cached is None else -(-len(self._documents) // _SAMPLE)
         sample, row_maps = range(0, len(self._documents), every), Store(self._folder)
         with progress(f"align {self._label}: report", len(sample)) as bar:
@@ -279,7 +279,7 @@ class _RowMaps(_Shards):
 class _Chains(_Shards):
     def __init__(self, config: Config, source: ModelConfig, folder: Path, inputs: Inputs) -> None:
         super().__init__(config, source, folder, inputs)
-        self._row_maps, self._rows = Store(self._folder), SourceCache(config.folder / "sources" / source.label)
+        self._row_maps, self._rows = Store(self._folder), SourceCache.of(config, source)
         self._chain = GoldChain(self._source)
 
     def record(self, i: int) -> dict[str, np.ndarray]:

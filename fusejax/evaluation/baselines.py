@@ -90,7 +90,7 @@ def _training_ce(config: Config, source: ModelConfig) -> float:
     """Nats per byte over all documents, from the cache."""
     tokenizer = tokenizers.for_model(source)
     tokens = store.Store(config.folder / "data/train/tokens" / tokenizer.fingerprint)
-    cache = SourceCache(config.folder / "sources" / source.label)
+    cache = SourceCache.of(config, source)
     parts = []
     for record, text in zip(cache, tokens, strict=True):
         ce = np.asarray(record["ce"])

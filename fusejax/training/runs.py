@@ -10,6 +10,7 @@ import fusejax
 from fusejax import corpus, models, store, tokenizers
 from fusejax.config import Config
 from fusejax.errors import UserError
+from fusejax.source_cache import SourceCache
 
 # Keys that change a result by rounding at most: a run may go on with others.
 _WITHIN_ROUNDING = (
@@ -47,7 +48,7 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
     if name != "clm" and config.sources:
         sections += ["loss", "fusion", "alignment"]
         for source in config.sources:
-            made_from = store.Store(config.folder / "sources" / source.label).inputs
+            made_from = SourceCache.of(config, source).inputs
             inputs[f"source {source.label}"] = store.fingerprint(made_from)
     for section in sections:
         values = getattr(config, section)

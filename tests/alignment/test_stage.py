@@ -194,9 +194,9 @@ def test_chains_are_those_of_the_function_and_follow_the_cache(make_job, monkeyp
         rows = write_cache(job, "other", "byte-level", made)
         if made == "again":
             with pytest.raises(UserError, match="run the stage `align` again"):
-                Chains(job, "other")
+                Chains(job, job.sources[0])
         alignment.run(job)
-        chains, maps = Chains(job, "other"), Store(job.folder / "alignment/other")
+        chains, maps = Chains(job, job.sources[0]), Store(job.folder / "alignment/other")
         target = Store(job.folder / "data/train/tokens" / tokenizer("sentencepiece").fingerprint)
         source = Store(job.folder / "data/train/tokens" / tokenizer("byte-level").fingerprint)
         chain, several = GoldChain(tokenizer("byte-level")), 0
