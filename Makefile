@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
 
-.PHONY: quickstart test test-all test-real test-latest test-aot lint clean
+.PHONY: quickstart test test-all test-real test-latest test-aot test-gpu lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -32,6 +32,11 @@ test-latest: .venv-latest/installed
 # Compiles for TPUs and H100s that are not here (some minutes for each 7B step).
 test-aot: .venv-aot/installed
 	FUSEJAX_REQUIRE_AOT=1 JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -v -p no:xdist tests/aot
+
+# On a machine with an NVIDIA GPU: the kernels and cuDNN's attention on the card itself.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -q "jax[cuda13]"
+	FUSEJAX_REQUIRE_GPU=1 $(BIN)/python -m pytest -v -p no:xdist tests/gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

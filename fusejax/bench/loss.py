@@ -1,10 +1,11 @@
 """`fusejax bench loss`: what fusing costs beside continual training, forward and backward, from hidden states on.
 
-`fused` is `loss.fusion_loss` over sparse targets, `fused with metrics` the same with all that training can log; `plain`
-our cross-entropy made the same way; `full logits` the usual jax cross-entropy over one [T, V] array; `dense, torch` the
-arithmetic of the FuseLLM paper's code: dense targets of three models, weighed by their rewards, in a soft-target
-cross-entropy over [T, V] (where torch is installed). `largest array` leaves arrays of the unembedding's shape out (it,
-its gradient, and copies); it is counted at D + 1 or a little more where that shape is also one of a block of logits.
+`fused` is `loss.fusion_loss` over sparse targets, `fused with metrics` the same with all that training can log,
+`fused, Pallas` the same by the platform's own kernels (on a GPU or TPU); `plain` our cross-entropy made the same way;
+`full logits` the usual jax cross-entropy over one [T, V] array; `dense, torch` the arithmetic of the FuseLLM paper's
+code: dense targets of three models, weighed by their rewards, in a soft-target cross-entropy over [T, V] (where torch
+is installed; on the GPU where JAX runs on one). `largest array` leaves arrays of the unembedding's shape out (it, its
+gradient, and copies); it is counted at D + 1 or a little more where that shape is also one of a block of logits.
 """
 
 import argparse
@@ -64,6 +65,8 @@ def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with
         "full logits": full_logits,
         "fused with metrics": with_metrics,
     }
+    if jax.default_backend() in ("gpu", "tpu"):
+        implementations["fused, Pallas"] = partial(fused, implementation=jax.default_backend())
     for name, function in implementations.items():
         arguments = example[:5] if name.startswith("fused") else example[:3]
         has_aux = name == "fused with metrics"
@@ -114,9 +117,19 @@ def make_example(tokens: int, hidden: int, vocab: int, top_k: int, dtype: str) -
     return states, unembedding, labels, fused.ids, fused.probs, ids, probs
 
 
-def fused(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
+def fused(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    labels: jax.Array,
+    ids: jax.Array,
+    probs: jax.Array,
+    implementation: str = "xla",
+) -> jax.Array:
     """λ · CLM + (1 − λ) · fusion, the defaults of training."""
-    return loss.fusion_loss(hidden, unembedding, labels, ids, probs, weight_clm=WEIGHT_CLM).total
+    sums = loss.fusion_loss(
+        hidden, unembedding, labels, ids, probs, weight_clm=WEIGHT_CLM, implementation=implementation
+    )
+    return sums.total
 
 
 def with_metrics(
@@ -140,13 +153,18 @@ def full_logits(hidden: jax.Array, unembedding: jax.Array, labels: jax.Array) ->
 
 
 def torch_dense(example: tuple[jax.Array, ...]) -> Callable[[], Any]:
-    """The loss of the paper's code; each source's bfloat16 targets [T, V] are made beforehand, as its collator does."""
+    """The loss of the paper's code; each source's bfloat16 targets [T, V] are made beforehand, as its collator does.
+
+    On the GPU where JAX runs on one and torch sees it; the matrix product is in the example's dtype.
+    """
     import torch
 
     torch.set_num_threads(usable_cpus())
+    torch.set_default_device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, str(example[0].dtype))
     states, unembedding, labels, _, _, ids, probs = (np.asarray(x.astype(jnp.float32)) for x in example)
-    hidden = torch.tensor(states, requires_grad=True)
-    weight = torch.tensor(unembedding, requires_grad=True)
+    hidden = torch.tensor(states, dtype=dtype, requires_grad=True)
+    weight = torch.tensor(unembedding, dtype=dtype, requires_grad=True)
     label = torch.tensor(labels, dtype=torch.long)
     T, V = len(labels), unembedding.shape[1]
     dense = []
@@ -158,7 +176,7 @@ def torch_dense(example: tuple[jax.Array, ...]) -> Callable[[], Any]:
 
     def step() -> Any:
         hidden.grad = weight.grad = None
-        logits = hidden @ weight
+        logits = (hidden @ weight).float()  # losses are float32
         target = torch.zeros_like(dense[0])
         for s, rows in enumerate(dense):
             target = target + rewards[:, s : s + 1] * rows

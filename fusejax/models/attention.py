@@ -158,7 +158,7 @@ def attend(
         from fusejax.models import attention_kernels as kernels
 
         if name == "cudnn":
-            return kernels.cudnn(query_BQNK, key_BSGK, value_BSGK, features)
+            return kernels.cudnn(query_BQNK, key_BSGK, value_BSGK, queries, features)
         return kernels.splash(
             query_BQNK, key_BSGK, value_BSGK, queries, features, backend.mesh, interpret=backend.interpret
         )
@@ -193,8 +193,8 @@ def objection(name: str, query_BLNK: jax.Array, tokens: Tokens, features: Featur
         reasons = [
             (platform not in ("gpu", "cuda"), f"runs on NVIDIA GPUs, not on {platform}"),
             (
-                tokens.segments_BL is not None,
-                "takes no segment ids, and this batch has documents or padding in its rows",
+                tokens.segments_BL is not None and query_BLNK.shape[1] % 2 != 0,
+                f"takes documents or padding in rows of an even number of tokens, not of {query_BLNK.shape[1]}",
             ),
             (features.softcap is not None, "has no soft cap of the scores"),
             (features.alibi is not None, "has no ALiBi"),

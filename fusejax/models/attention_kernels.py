@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax.models.attention import Alibi, Features, Tokens
+from fusejax.models.attention import Alibi, Features, Tokens, visible
 
 _LANES = 128  # rows are a multiple of it for Splash
 _BLOCK = 512  # of queries and of keys, where the row's length is a multiple
@@ -109,10 +109,16 @@ def with_alibi(
     return jnp.concatenate([query_BLNK, more_query], -1), jnp.concatenate([key_BLGK, more_key], -1)
 
 
-def cudnn(query_BLNK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, features: Features) -> jax.Array:
-    """`attend` by cuDNN's flash attention, through `jax.nn.dot_product_attention`; it takes no segment ids."""
+def cudnn(
+    query_BLNK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, tokens: Tokens, features: Features
+) -> jax.Array:
+    """`attend` by cuDNN's flash attention, through `jax.nn.dot_product_attention`.
+
+    It knows no segment ids: where there are some they come as a mask [B, 1, L, L], which all heads share.
+    """
     window = None if features.window is None else (features.window - 1, 0)
+    mask = None if tokens.segments_BL is None else visible(tokens, tokens, features.window)
     return jax.nn.dot_product_attention(
-        query_BLNK, key_BLGK, value_BLGK, scale=features.scale, is_causal=True, local_window_size=window,
+        query_BLNK, key_BLGK, value_BLGK, mask=mask, scale=features.scale, is_causal=True, local_window_size=window,
         implementation="cudnn",
     )  # fmt: skip

@@ -145,9 +145,10 @@ def test_cudnn_is_asked_for_the_same(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     alone = Tokens.of(jnp.arange(L)[None])
     for case in ("plain", "window"):
-        got = attention_kernels.cudnn(*arrays(), FEATURES[case])
-        wanted = attention.attend_xla(*arrays(), alone, alone, FEATURES[case])
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+        for tokens in (alone, TOKENS):
+            got = attention_kernels.cudnn(*arrays(), tokens, FEATURES[case])
+            wanted = attention.attend_xla(*arrays(), tokens, tokens, FEATURES[case])
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def on(platform, name="auto", compute_capability=None):
@@ -157,6 +158,7 @@ def on(platform, name="auto", compute_capability=None):
 
 
 ALONE = Tokens.of(jnp.arange(L)[None])
+ODD = Tokens.of(TOKENS.positions_BL[:, :-1], TOKENS.segments_BL[:, :-1])
 FALCON = Features(0.25, alibi=Alibi(SLOPES, bf16=True))
 
 
@@ -169,7 +171,8 @@ FALCON = Features(0.25, alibi=Alibi(SLOPES, bf16=True))
         (on("tpu"), "xla", TOKENS, FALCON, 128, jnp.bfloat16),
         (on("tpu", "xla"), "xla", TOKENS, FEATURES["plain"], 128, jnp.bfloat16),
         (on("gpu", compute_capability="8.0"), "cudnn", ALONE, FEATURES["window"], 128, jnp.bfloat16),
-        (on("gpu", compute_capability="8.0"), "xla", TOKENS, FEATURES["plain"], 128, jnp.bfloat16),
+        (on("gpu", compute_capability="8.0"), "cudnn", TOKENS, FEATURES["plain"], 128, jnp.bfloat16),
+        (on("gpu", compute_capability="8.0"), "xla", ODD, FEATURES["plain"], 128, jnp.bfloat16),
         (on("gpu", compute_capability="8.0"), "xla", ALONE, FEATURES["softcap"], 128, jnp.bfloat16),
         (on("gpu", compute_capability="8.0"), "xla", ALONE, FEATURES["alibi"], 128, jnp.bfloat16),
         (on("gpu", compute_capability="8.0"), "xla", ALONE, FEATURES["plain"], 128, jnp.float32),
@@ -178,7 +181,8 @@ FALCON = Features(0.25, alibi=Alibi(SLOPES, bf16=True))
     ],
 )
 def test_choice(backend, chosen, tokens, features, width, dtype):
-    assert attention.choose(jnp.zeros((1, L, N, width), dtype), tokens, features, backend) == chosen
+    query = jnp.zeros((1, len(tokens.index_L), N, width), dtype)
+    assert attention.choose(query, tokens, features, backend) == chosen
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_choice(backend, chosen, tokens, features, width, dtype):
         (on("cpu", "splash"), TOKENS, FEATURES["plain"], "attention: splash runs on TPUs, not on cpu; use auto or xla"),
         (on("tpu", "splash"), TOKENS, FALCON, "splash cannot round ALiBi's bias"),
         (on("tpu", "cudnn"), ALONE, FEATURES["plain"], "cudnn runs on NVIDIA GPUs, not on tpu"),
-        (on("gpu", "cudnn"), TOKENS, FEATURES["plain"], "cudnn takes no segment ids"),
+        (on("gpu", "cudnn"), ODD, FEATURES["plain"], "rows of an even number of tokens, not of 129"),
         (on("gpu", "cudnn"), ALONE, FEATURES["softcap"], "cudnn has no soft cap"),
         (on("gpu", "cudnn"), ALONE, FEATURES["alibi"], "cudnn has no ALiBi"),
         (on("gpu", "cudnn"), ALONE, FEATURES["plain"], "bfloat16 or float16, not in float32"),
@@ -195,7 +199,7 @@ def test_choice(backend, chosen, tokens, features, width, dtype):
 )
 def test_forced_and_refused(backend, tokens, features, message):
     with pytest.raises(UserError, match=message):
-        attention.choose(jnp.zeros((1, L, N, 128), jnp.float32), tokens, features, backend)
+        attention.choose(jnp.zeros((1, len(tokens.index_L), N, 128), jnp.float32), tokens, features, backend)
 
 
 def test_forced_in_a_model(tiny_models):
