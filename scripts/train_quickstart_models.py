@@ -188,8 +188,15 @@ def build(name: str, recipe: Recipe, folder: Path, into: Path) -> None:
 
 
 def initialise(recipe: Recipe, folder: Path) -> None:
-    """A model folder with a trained tokenizer and random weights."""
+    """The recipe's tokenizer, trained, and a model with random weights."""
     tokenizer, roles = recipe.make_tokenizer(list(tokenizer_texts(recipe.domains)))
+    make_model(tokenizer, roles, recipe.hf_config, MAX_LENGTH, recipe.seed, folder)
+
+
+def make_model(
+    tokenizer: Tokenizer, roles: dict[str, str], hf_config: dict[str, Any], max_length: int, seed: int, folder: Path
+) -> None:
+    """Write a model folder with this tokenizer and random weights."""
     tokenizer_folder = store.make_folder(folder.with_name("tokenizer"))
     tokenizer.save(str(tokenizer_folder / "tokenizer.json"), pretty=False)
     settings = {
@@ -197,7 +204,7 @@ def initialise(recipe: Recipe, folder: Path) -> None:
         **roles,
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": max_length,
     }
     (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
     (tokenizer_folder / "config.json").write_text("{}", "utf-8")
@@ -205,8 +212,8 @@ def initialise(recipe: Recipe, folder: Path) -> None:
     rows = -(-tokenizer.get_vocab_size() // 64) * 64
     ids = {role.replace("_token", "_token_id"): tokenizer.token_to_id(token) for role, token in roles.items()}
     ids.pop("unk_token_id")
-    hf_config = {**recipe.hf_config, "vocab_size": rows, **ids}
-    model = models.init(models.decoder_config(hf_config, str(folder)), recipe.seed)
+    hf_config = {**hf_config, "vocab_size": rows, **ids}
+    model = models.init(models.decoder_config(hf_config, str(folder)), seed)
     export.save(model, hf_config, folder, tokenizer_from=tokenizer_folder)
 
 

@@ -35,7 +35,7 @@ def run(config: Config) -> None:
     for name in config.evaluation.baselines:
         if name in TRAINED:
             job = variant(config, name)
-            distributed.alone(f"baseline {name}", partial(_share, config, job))
+            distributed.alone(f"baseline {name}", partial(share, config, job))
             alignment.run(job)
             training.train(job, name)
             training.export_run(job, name)
@@ -99,8 +99,8 @@ def _training_ce(config: Config, source: ModelConfig) -> float:
     return joint_ce(parts)
 
 
-def _share(config: Config, job: Config) -> None:
-    """Let a baseline's job see the main job's stores, by links, where they are what it would make itself."""
+def share(config: Config, job: Config) -> None:
+    """Let another job of the same text and sources see this one's stores, by links, where it would make the same."""
     shared = ["data", "sources"]
     same = config.alignment == job.alignment and config.compat == job.compat
     shared += ["alignment"] if same else []
