@@ -123,7 +123,7 @@ def fused(
     labels: jax.Array,
     ids: jax.Array,
     probs: jax.Array,
-    implementation: str = "xla",
+    implementation: loss.Implementation = "xla",
 ) -> jax.Array:
     """λ · CLM + (1 − λ) · fusion, the defaults of training."""
     sums = loss.fusion_loss(
