@@ -65,8 +65,9 @@ def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with
         "full logits": full_logits,
         "fused with metrics": with_metrics,
     }
-    if jax.default_backend() in ("gpu", "tpu"):
-        implementations["fused, Pallas"] = partial(fused, implementation=jax.default_backend())
+    platform = jax.default_backend()
+    if platform == "gpu" or platform == "tpu":
+        implementations["fused, Pallas"] = partial(fused, implementation=platform)
     for name, function in implementations.items():
         arguments = example[:5] if name.startswith("fused") else example[:3]
         has_aux = name == "fused with metrics"
