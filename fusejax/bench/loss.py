@@ -25,6 +25,7 @@ from fusejax.parallel import usable_cpus
 
 WEIGHT_CLM = 0.9
 SOURCES = 3
+KERNELS: dict[str, loss.Implementation] = {"gpu": "gpu", "tpu": "tpu"}  # of a platform
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,9 +66,9 @@ def _size(options: argparse.Namespace, hidden: int, vocab: int, dtype: str, with
         "full logits": full_logits,
         "fused with metrics": with_metrics,
     }
-    platform = jax.default_backend()
-    if platform == "gpu" or platform == "tpu":
-        implementations["fused, Pallas"] = partial(fused, implementation=platform)
+    kernels = KERNELS.get(jax.default_backend())
+    if kernels is not None:
+        implementations["fused, Pallas"] = partial(fused, implementation=kernels)
     for name, function in implementations.items():
         arguments = example[:5] if name.startswith("fused") else example[:3]
         has_aux = name == "fused with metrics"
