@@ -98,7 +98,7 @@ def _cells(columns: list[str], row: Row) -> list[str]:
     cells = [f"{row.values[key]:.4f}" if key in row.values else "" for key in columns]
     if row.deviation is not None:
         cells[-1] += f" ± {row.deviation:.4f}"
-    return [row.group, plots.LABELS.get(row.model, row.model), *cells]
+    return [row.group, plots.label(row.model), *cells]
 
 
 def as_csv(columns: list[str], rows: Sequence[Row]) -> str:
@@ -163,6 +163,7 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
 
 def _histories(run: Run) -> dict[str, Path]:
     found = {"fused": run.folder, "clm": run.folder / "clm"}
+    found |= {f"pair/{folder.name}": folder for folder in sorted((run.folder / "pairs").glob("*"))}
     return {model: folder for model, folder in found.items() if (folder / "metrics.jsonl").exists()}
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from fusejax import arguments, settings
+from fusejax.merge_keys import MergeKeys
 from fusejax.settings import Section
 
 # What the models and their callers may be told; see models.decoder.Decoder.
@@ -73,16 +74,30 @@ class AlignmentConfig(Section):
     workers: int | None = Field(None, ge=1)  # processes of the stage `align`; default: one for each CPU
 
 
+class PairMergeConfig(MergeKeys):
+    """How the copies of the target that pairwise fusion made become one model; `merge: sce` is short for its method."""
+
+    density: float = Field(1.0, gt=0, le=1)  # part of each copy's task vector that stays: ties, dare
+    corpus: CorpusConfig | None = None  # greedy_soup: text to choose by, neither trained nor evaluated on
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
 class FusionConfig(Section):
     """How the aligned distributions become one."""
 
-    kind: Literal["min_ce", "avg_ce", "fixed"] = "min_ce"
+    # pairwise (FuseChat): each source by min_ce into a copy of the target, then the copies are merged
+    kind: Literal["min_ce", "avg_ce", "fixed", "pairwise"] = "min_ce"
     level: Literal["document", "token", "block"] = "document"  # block: all documents of a packed sequence together
     window: int = Field(16, ge=1)  # level token: CE is averaged over so many rows around each
     ce_unit: Literal["byte", "aligned", "token"] = "byte"
     temperature: float = Field(1.0, ge=1e-3, le=1e3)  # avg_ce: weights are softmax(-CE / temperature)
     weighting: Literal["softmax", "reference"] = "softmax"  # reference: softmax(exp(-CE)), as the paper's code has it
     weights: tuple[float, ...] | None = None  # kind fixed: one weight for each source
+    merge: PairMergeConfig | None = None  # kind pairwise: how the copies are merged
 
 
 class LossConfig(Section):
@@ -335,8 +350,26 @@ class Config(Section):
             raise ValueError("fusion.window: only used with fusion.level 'token'")
         if fusion.weighting == "reference" and fusion.kind != "avg_ce" and not self.compat:
             raise ValueError("fusion.weighting: only used with fusion.kind 'avg_ce'")
-        if self.compat and fusion.kind == "fixed":
-            raise ValueError(f"compat: {self.compat!r} knows no fusion.kind 'fixed'; use min_ce or avg_ce")
+        if self.compat and fusion.kind not in ("min_ce", "avg_ce"):
+            raise ValueError(f"compat: {self.compat!r} knows no fusion.kind {fusion.kind!r}; use min_ce or avg_ce")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        merge, n = self.fusion.merge, len(self.partners)
+        if self.fusion.kind != "pairwise":
+            if merge is not None:
+                raise ValueError("fusion.merge: only used with fusion.kind 'pairwise'")
+            return
+        if merge is None:
+            raise ValueError("fusion.merge: kind 'pairwise' needs a method to merge with, for example `merge: sce`")
+        if n < 2 or (merge.method == "slerp" and n != 2):
+            wanted = "two" if merge.method == "slerp" else "two or more"
+            raise ValueError(f"fusion.kind: 'pairwise' needs {wanted} sources besides the target, here are {n}")
+
+    @property
+    def partners(self) -> tuple[ModelConfig, ...]:
+        """The sources other than the target itself."""
+        return tuple(source for source in self.sources if source.model != self.target.model)
 
     @property
     def folder(self) -> Path:

@@ -68,7 +68,7 @@ def _bytes_per_token(config: Config) -> float:
 
 def show(config: Config) -> None:
     """Print the plan. Raises UserError where a local model or corpus is missing or of no use."""
-    from fusejax import preflight
+    from fusejax import preflight, training
     from fusejax.evaluation import baselines
 
     preflight.check(config)
@@ -109,10 +109,12 @@ def show(config: Config) -> None:
         )
     state = target.parameters * 4 * 3 * (config.checkpoint.keep + 1)  # parameters and two moments, float32
     trained = [name for name in config.evaluation.baselines if name in baselines.TRAINED]
-    for name in ["fused", *(["clm"] if config.evaluation.clm and config.sources else []), *trained]:
+    for name in [*training.runs(config), *trained]:
         what = f"{_number(tokens * config.batch.epochs if not config.batch.steps else steps * batch)} tokens"
         row(f"train {name}", f"{what}, {_number(target.parameters)} parameters", state)
         row(f"export {name}", "Hugging Face folder", target.parameters * 4)
+    if config.fusion.merge is not None:
+        row("merge pairs", f"{config.fusion.merge.method} of {len(config.partners)} copies", target.parameters * 4)
     if "merge" in config.evaluation.baselines:
         row("merge", "mean of the sources' weights, where they fit", target.parameters * 4)
     row(

@@ -45,6 +45,13 @@ LABELS = {
     "ensemble": "ensemble of the sources",
     "fused": "fused",
 }
+
+
+def label(model: str) -> str:
+    """What a reader is told of a model of report.json."""
+    return LABELS.get(model) or (f"copy with {model.removeprefix('pair/')}" if model.startswith("pair/") else model)
+
+
 SOURCE_COLORS = ("#cbd5e1", "#99c1b9", "#d8b4e2", "#e2cf9b", "#a3b18a", "#f2b5a7")
 
 

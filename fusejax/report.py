@@ -80,8 +80,8 @@ def _bits_per_byte(config: Config) -> dict[str, Any]:
     """{model: {domain: value, average: value}} in the order in which a reader compares."""
     folder = config.folder / "evaluation"
     names = ["target", *(source.label for source in config.sources)]
-    names += ["clm"] if "clm" in runs(config) else []
-    names += [*config.evaluation.baselines, "fused"]
+    trained = [name for name in runs(config) if name != "fused"]
+    names += [*sorted(trained, key=lambda name: name != "clm"), *config.evaluation.baselines, "fused"]
     found = {}
     for name in names:
         path = folder / f"{name}.json"
@@ -103,8 +103,7 @@ def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     domains = [key for key in next(iter(scores.values())) if key != "average"]
     rows = []
     for name, values in scores.items():
-        label = plots.LABELS.get(name, name)
-        rows.append([label, *(f"{values[domain]:.4f}" for domain in [*domains, "average"])])
+        rows.append([plots.label(name), *(f"{values[domain]:.4f}" for domain in [*domains, "average"])])
     return ["bits per byte", *domains, "average"], rows
 
 

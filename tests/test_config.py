@@ -50,7 +50,7 @@ def test_dump_round_trips(path, overrides):
         ("zzzz=1", "known here: target"),
         ("evaluation.corpus.pth=3", "did you mean evaluation.corpus.path"),
         ("batch.sequences=0", r"batch.sequences: .*greater than or equal to 1 \(got 0\)"),
-        ("fusion.kind=x", "'min_ce', 'avg_ce' or 'fixed'"),
+        ("fusion.kind=x", "'min_ce', 'avg_ce', 'fixed' or 'pairwise'"),
         ("fusion.weights=[1, 2]", "only used with"),
         ("fusion.kind=fixed", "one weight for each of the 2 sources"),
         ("fusion={kind: fixed, weights: [1, -1]}", "fusion.weights: each should be 0, or between .* got -1"),

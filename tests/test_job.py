@@ -129,6 +129,17 @@ def test_dry_run_of_the_papers_recipe(capsys):
     assert "meta-llama/Llama-2-7b-hf" in out
 
 
+def test_dry_run_of_the_papers_three_domains(capsys):
+    path = str(TRAIN_PY.parent / "configs" / "pythia-domains.yaml")
+    load_main()([path, "--dry-run"])
+    out = capsys.readouterr().out
+    assert "100.0M" in out
+    assert "train clm" in out
+    expert = ["sources=[]", "evaluation.clm=false", "evaluation.baselines=[]", "corpus.domains=[NIH ExPorter]"]
+    load_main()([path, *expert, "output=pythia-1b-nih", "--dry-run"])
+    assert "train clm" not in capsys.readouterr().out
+
+
 def test_each_stage_by_itself(write_config, tmp_path, capsys):
     path = str(write_config())
     with pytest.raises(SystemExit) as stopped:

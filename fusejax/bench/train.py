@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> list[core.Case]:
     from fusejax import config
 
     job = config.load(options.config, options.overrides)
+    job = training.run_config(job, training.runs(job)[0])
     if options.against and (not importlib.util.find_spec("torch") or jax.default_backend() == "tpu"):
         raise UserError("--against torch: torch is not installed here, or cannot use this device")
     with tempfile.TemporaryDirectory() as folder:

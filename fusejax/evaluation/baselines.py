@@ -58,6 +58,8 @@ def variant(config: Config, name: str) -> Config:
     values: dict[str, Any] = config.model_dump(mode="json")
     values |= {"output": str(folder(config, name)), "compat": None}
     values["evaluation"] |= {"clm": False, "baselines": []}
+    if values["fusion"]["kind"] == "pairwise":  # each baseline is one run over all sources
+        values["fusion"] |= {"kind": "min_ce", "merge": None}
     if values["fusion"]["kind"] != "avg_ce" or name == "distill":
         values["fusion"]["weighting"] = "softmax"  # a job's `compat` may have set it, where it has no effect
     if name == "distill":

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fusejax import corpus, models, sharding, tokenizers
+from fusejax import corpus, models, sharding, tokenizers, training
 from fusejax.config import Config, ModelConfig
 from fusejax.evaluation import baselines
 from fusejax.evaluation.ensemble import Member, measure_ensemble
@@ -35,7 +35,7 @@ def run(config: Config) -> None:
 def _models(config: Config) -> dict[str, ModelConfig]:
     """Every model that there is to evaluate, by the name that reports give it."""
     found = {"target": config.target, **{source.label: source for source in config.sources}}
-    trained = {"clm": config.folder / "clm" / "export", "fused": config.folder / "export"}
+    trained = {name: training.run_folder(config, name) / "export" for name in [*training.runs(config), "clm", "fused"]}
     for name, folder in (trained | baselines.exports(config)).items():
         if folder.is_dir():
             found[name] = ModelConfig(model=str(folder), bos=config.target.bos)

@@ -7,23 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fusejax import settings
 from fusejax.config import CorpusConfig, ModelConfig
-from fusejax.settings import Section
-
-Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "sce", "greedy_soup"]
-
-WITH_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "sce")
-# The keys that only some methods use.
-_ONLY = {
-    "t": ("slerp",),
-    "normalize": ("linear", *WITH_BASE),
-    "scale": WITH_BASE,
-    "rescale": ("dare_linear", "dare_ties"),
-    "top": ("sce",),
-    "select": ("sce",),
-    "base": WITH_BASE,
-    "corpus": ("greedy_soup",),
-}
-_NORMALIZED = ("linear", "ties", "sce", "greedy_soup")
+from fusejax.merge_keys import NORMALIZED, SPARSE, WITH_BASE, MergeKeys
 
 
 class MergedModel(ModelConfig):
@@ -33,19 +17,12 @@ class MergedModel(ModelConfig):
     density: float = Field(1.0, gt=0, le=1)  # part of the task vector that stays: ties, dare
 
 
-class MergeConfig(Section):
+class MergeConfig(MergeKeys):
     """A merge; see docs/merging.md."""
 
-    method: Method
     models: tuple[MergedModel, ...] = Field(min_length=1)
     base: ModelConfig | None = None  # what the task vectors are measured from
     tokenizer: ModelConfig | None = None  # whose tokenizer goes along; default: the base's, else the first model's
-    t: float = Field(0.5, ge=0, le=1)  # slerp: 0 is the first model, 1 the second
-    normalize: bool | None = None  # divide by the sum of weights; default: linear, ties, sce
-    scale: float = 1.0  # of the merged task vector (λ)
-    rescale: bool = True  # dare: divide what stays by its density
-    top: float = Field(1.0, gt=0, le=1)  # sce: part of the positions that is selected, by variance
-    select: Literal["mask", "weigh"] = "mask"  # sce: what the selection is used for
     corpus: CorpusConfig | None = None  # greedy_soup: the held-out text
     max_length: int = Field(2048, ge=8)  # greedy_soup: tokens of a window
     batch_tokens: int = Field(8192, ge=1)  # greedy_soup: tokens of one forward pass
@@ -65,15 +42,10 @@ class MergeConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "MergeConfig":
         method, n = self.method, len(self.models)
-        for key, methods in _ONLY.items():
-            if key in self.model_fields_set and getattr(self, key) is not None and method not in methods:
-                raise ValueError(f"{key}: not used by method {method!r}; it belongs to {', '.join(methods)}")
         if method in WITH_BASE and self.base is None:
             raise ValueError(f"base: method {method!r} needs the model that the others were trained from")
         if method == "slerp" and n != 2:
             raise ValueError(f"models: method 'slerp' goes from one model to another, here are {n}")
-        if method == "greedy_soup" and self.corpus is None:
-            raise ValueError("corpus: method 'greedy_soup' needs held-out text to choose by")
         if method in ("linear", "greedy_soup", "sce") and n < 2:
             raise ValueError(f"models: method {method!r} needs two or more")
         for i, model in enumerate(self.models):
@@ -81,7 +53,7 @@ class MergeConfig(Section):
                 raise ValueError(f"models.{i}: {model.model} is the base: its task vector is zero")
             if "weight" in model.model_fields_set and method in ("slerp", "sce", "greedy_soup"):
                 raise ValueError(f"models.{i}.weight: method {method!r} finds its weights itself" + _advice(method))
-            if "density" in model.model_fields_set and method not in ("ties", "dare_linear", "dare_ties"):
+            if "density" in model.model_fields_set and method not in SPARSE:
                 raise ValueError(f"models.{i}.density: not used by method {method!r}")
         if self.normalized and method != "sce" and sum(self.weights) == 0:
             raise ValueError("models: the weights sum to 0; set `normalize: false`, or change them")
@@ -95,7 +67,7 @@ class MergeConfig(Section):
     @property
     def normalized(self) -> bool:
         """Whether the merged tensor is divided by the sum of the weights."""
-        return self.method in _NORMALIZED if self.normalize is None else self.normalize
+        return self.method in NORMALIZED if self.normalize is None else self.normalize
 
     @property
     def folder(self) -> Path:

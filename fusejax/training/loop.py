@@ -15,7 +15,7 @@ from fusejax.errors import Resumable, UserError
 from fusejax.progress import progress, say, warn
 from fusejax.training import preemption
 from fusejax.training.meter import Meter
-from fusejax.training.runs import code_fingerprint, forget, read_record, run_folder, run_inputs, runs
+from fusejax.training.runs import code_fingerprint, forget, read_record, run_config, run_folder, run_inputs, runs
 from fusejax.training.state import Trainer
 
 
@@ -29,7 +29,7 @@ def run(config: Config) -> None:
 
 def train(config: Config, name: str) -> None:
     """One run, from its latest checkpoint to its last step. Raises Resumable where SIGTERM came, all being saved."""
-    folder = run_folder(config, name)
+    folder, config = run_folder(config, name), run_config(config, name)
     inputs = run_inputs(config, name)
     record: dict[str, Any] | None = json.loads(distributed.tell("record", json.dumps(_begin(config, folder, inputs))))
     if record is not None and record["done"]:

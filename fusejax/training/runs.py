@@ -21,18 +21,41 @@ _WITHIN_ROUNDING = (
 )
 
 
+PAIR = "pair/"  # and a source's label: the run that fuses it into a copy of the target
+
+
 def runs(config: Config) -> list[str]:
     """The runs of a job. Without sources there is nothing to fuse: CLM is the job itself, and the only run."""
-    return ["fused", "clm"] if config.sources and config.evaluation.clm else ["fused"]
+    fused = ["fused"]
+    if config.fusion.kind == "pairwise":
+        fused = [PAIR + source.label for source in config.partners]
+    return [*fused, "clm"] if config.sources and config.evaluation.clm else fused
 
 
 def run_folder(config: Config, name: str) -> Path:
     """Where a run's checkpoints, metrics and export are: the output folder itself for `fused`."""
+    if name.startswith(PAIR):
+        return config.folder / "pairs" / name.removeprefix(PAIR)
     return config.folder / "clm" if name == "clm" else config.folder
 
 
+def run_config(config: Config, name: str) -> Config:
+    """The configuration as a run sees it: that of a pair has its source, and the target where that is a source too.
+
+    A pair is fused by `min_ce` (FuseChat, Wan et al. 2024, section 3.2) and exported in float32, since copies are
+    merged by their differences from the target, which bfloat16 would round away.
+    """
+    if not name.startswith(PAIR):
+        return config
+    label = name.removeprefix(PAIR)
+    pair = tuple(source for source in config.sources if source.label == label or source not in config.partners)
+    fusion = config.fusion.model_copy(update={"kind": "min_ce", "merge": None})
+    precision = config.precision.model_copy(update={"export": "float32"})
+    return config.model_copy(update={"sources": pair, "fusion": fusion, "precision": precision})
+
+
 def run_inputs(config: Config, name: str) -> dict[str, Any]:
-    """What determines a run's result, flat: two runs with equal inputs give equal weights."""
+    """What determines a run's result, flat: two runs with equal inputs give equal weights. config: its own."""
     documents = corpus.documents(config)
     inputs: dict[str, Any] = {
         "target": models.fingerprint(config.target.model, config.target.revision),

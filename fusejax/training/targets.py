@@ -15,6 +15,8 @@ def fuse_batch(
     Under `compat: fusellm` a row without a source gets the current token instead of the next one, rewards are
     bfloat16, and loss.temperature is that of the sources alone: their kept logits are divided by it.
     """
+    kind = config.fusion.kind
+    assert kind != "pairwise", "each of its runs has a kind of its own: see `runs.run_config`"
     by_aligned_ce = config.fusion.ce_unit == "aligned"
     compat = config.compat == "fusellm"
     logprobs = batch["source_logprobs"]
@@ -34,7 +36,7 @@ def fuse_batch(
         window=config.fusion.window,
         collisions=config.alignment.collisions,
         tail=config.loss.tail,
-        kind=config.fusion.kind,
+        kind=kind,
         temperature=config.fusion.temperature,
         weights=config.fusion.weights,
         weighting=config.fusion.weighting,
