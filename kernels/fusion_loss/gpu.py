@@ -31,15 +31,16 @@ def statistics(
     T, M1 = ids.shape
     kept = _padded(h, weights, valid)
     h, weights, limit = kept
-    ids = _powers(ids, h.shape[0], -1)
-    grid = (h.shape[0] // _TILE, pl.cdiv(weights.shape[1], _TILE))
-    tile = jax.ShapeDtypeStruct((grid[1], h.shape[0]), jnp.float32)
+    rows = h.shape[0]
+    ids = _by_entry(ids, rows, -1)
+    grid = (rows // _TILE, pl.cdiv(weights.shape[1], _TILE))
+    tile = jax.ShapeDtypeStruct((grid[1], rows), jnp.float32)
     per_tile = pl.BlockSpec((None, _TILE), lambda t, v: (v, t))
     at, top, total, tempered, weighted = pl.pallas_call(
-        partial(_statistics_kernel, width=weights.shape[1], support=M1 - 1, options=options),
+        partial(_statistics_kernel, width=weights.shape[1], options=options),
         grid=grid,
-        in_specs=[*_factors(weights), _per_row(ids), _per_row(ids)],
-        out_specs=[_per_row(ids), *[per_tile] * 4],
+        in_specs=[*_factors(weights), _entries(M1), _entries(M1)],
+        out_specs=[_entries(M1), *[per_tile] * 4],
         out_shape=[jax.ShapeDtypeStruct(ids.shape, jnp.float32), tile, tile, tile, tile],
         input_output_aliases={4: 0},
         **_compiler_options(options, "fusion_loss_statistics"),
@@ -47,7 +48,7 @@ def statistics(
     shift = jnp.where(top == -jnp.inf, 0.0, top)
     τ = options.temperature
     per_tile = Statistics(
-        at=at[None, :T, :M1],
+        at=at.T[None, :T],
         lse=(shift + jnp.log(total))[:, :T],
         lse_tempered=(shift / τ + jnp.log(tempered))[:, :T] if options.tempered else None,
         mean=jnp.where(total > 0, weighted / total, 0.0)[:, :T] if options.model_entropy else None,
@@ -58,33 +59,37 @@ def statistics(
 def dlogits(kept: tuple[Array, Array, Array], ids: Array, slopes: Slopes, options: Options) -> Array:
     """∂ Σ loss / ∂ (h @ weights), [T, V] in h's dtype."""
     h, weights, limit = kept
-    (T, support), rows = (ids.shape[0], ids.shape[1] - 1), h.shape[0]
-    ids, at = _powers(ids, rows, -1), _powers(slopes.at, rows, 0)
+    (T, M1), rows = ids.shape, h.shape[0]
     per_token = [slopes.dense, slopes.shift, slopes.tempered, slopes.shift_tempered]
     per_token = [jnp.pad(jnp.zeros(T) if x is None else x, (0, rows - T)) for x in per_token]
     dz = pl.pallas_call(
-        partial(_dlogits_kernel, width=weights.shape[1], support=support, options=options),
+        partial(_dlogits_kernel, width=weights.shape[1], options=options),
         grid=(rows // _TILE, pl.cdiv(weights.shape[1], _TILE)),
-        in_specs=[*_factors(weights), _per_row(ids), _per_row(at), *[pl.BlockSpec((_TILE,), lambda t, v: (t,))] * 4],
+        in_specs=[
+            *_factors(weights),
+            _entries(M1),
+            _entries(M1),
+            *[pl.BlockSpec((_TILE,), lambda t, v: (t,))] * 4,
+        ],
         out_specs=pl.BlockSpec((_TILE, _TILE), lambda t, v: (t, v)),
         out_shape=jax.ShapeDtypeStruct((rows, weights.shape[1]), h.dtype),
         **_compiler_options(options, "fusion_loss_dlogits"),
-    )(limit, h, weights, ids, at, *per_token)
+    )(limit, h, weights, _by_entry(ids, rows, -1), _by_entry(slopes.at, rows, 0), *per_token)
     return dz[:T]
 
 
 def _padded(h: Array, weights: Array, valid: Array | None) -> tuple[Array, Array, Array]:
     """Whole tiles of tokens and whole steps of channels; (h, weights, int32[1] the number of columns that count)."""
     (T, D), limit = h.shape, weights.shape[1] if valid is None else valid
-    pad_T, pad_D = -T % _TILE, -D % 16 if D < _STEP else -D % _STEP
+    # Triton wants powers of two, and at least 16 channels to multiply.
+    pad_T, pad_D = -T % _TILE, -D % _STEP if D > _STEP else max(16, pl.next_power_of_2(D)) - D
     weights = jnp.pad(weights, ((0, pad_D), (0, 0)))
     return jnp.pad(h, ((0, pad_T), (0, pad_D))), weights, jnp.full((1,), limit, jnp.int32)
 
 
-def _powers(x: Array, rows: int, fill: int) -> Array:
-    """[T, M + 1] → [rows, a power of two], as Triton wants it."""
-    width = max(16, pl.next_power_of_2(x.shape[1]))
-    return jnp.pad(x, ((0, rows - x.shape[0]), (0, width - x.shape[1])), constant_values=fill)
+def _by_entry(x: Array, rows: int, fill: int) -> Array:
+    """[T, M + 1] → [M + 1, rows]: an entry of all tokens of a tile is then one vector, loaded at its turn."""
+    return jnp.pad(x.T, ((0, 0), (0, rows - x.shape[0])), constant_values=fill)
 
 
 def _factors(weights: Array) -> list[pl.BlockSpec]:
@@ -96,8 +101,8 @@ def _factors(weights: Array) -> list[pl.BlockSpec]:
     ]
 
 
-def _per_row(x: Array) -> pl.BlockSpec:
-    return pl.BlockSpec((_TILE, x.shape[1]), lambda t, v: (t, 0))
+def _entries(M1: int) -> pl.BlockSpec:
+    return pl.BlockSpec((M1, _TILE), lambda t, v: (0, t))
 
 
 def _compiler_options(options: Options, name: str) -> dict[str, Any]:
@@ -119,48 +124,40 @@ def _logits(h_ref: Any, w_ref: Any, columns: Array, width: int, options: Options
     return z if options.logit_cap is None else options.logit_cap * jnp.tanh(z / options.logit_cap)
 
 
-def _pick(x: Array, m: Array) -> Array:
-    """x[:, m] for a traced m."""
-    return jnp.sum(jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) == m, x, jnp.zeros((), x.dtype)), 1)
-
-
 def _statistics_kernel(
     limit_ref: Any, h_ref: Any, w_ref: Any, ids_ref: Any, _: Any, at_ref: Any, top_ref: Any, sum_ref: Any,
-    tempered_ref: Any, weighted_ref: Any, *, width: int, support: int, options: Options,
+    tempered_ref: Any, weighted_ref: Any, *, width: int, options: Options,
 ) -> None:  # fmt: skip
     first = pl.program_id(1) * _TILE
     columns = first + jnp.arange(_TILE)
     z = _logits(h_ref, w_ref, columns, width, options)
-    ids = ids_ref[...]
-    lanes = jax.lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+    label = ids_ref.shape[0] - 1
 
-    def find(m: Array, at: Array) -> Array:
-        hit = columns[None, :] == _pick(ids, m)[:, None]
-        return jnp.where(lanes == m, jnp.sum(jnp.where(hit, z, 0.0), 1)[:, None], at)
+    def visit(m: Array, counted: Array) -> Array:
+        """Writes the logits at entry m, and takes it out of what is counted under a tail, unless it is the label."""
+        ids = ids_ref[m, :]
+        hit = columns[None, :] == ids[:, None]
+        # Each id is in one tile, so no two programs write the same place.
+        own = (ids >= first) & (ids < first + _TILE)
+        plgpu.store(at_ref.at[m, :], jnp.sum(jnp.where(hit, z, 0.0), 1), mask=own)
+        return jnp.where(hit & (m < label), -jnp.inf, counted) if options.tail else counted
 
-    def exclude(m: Array, counted: Array) -> Array:
-        return jnp.where(columns[None, :] == _pick(ids, m)[:, None], -jnp.inf, counted)
-
-    # Each id is in one tile, so no two programs write the same place.
-    at = jax.lax.fori_loop(0, support + 1, find, jnp.zeros(ids.shape, jnp.float32))
-    plgpu.store(at_ref, at, mask=(ids >= first) & (ids < first + _TILE))
-    z = jnp.where((columns < limit_ref[0])[None, :], z, -jnp.inf)
-    if options.tail:  # every entry but the label's
-        z = jax.lax.fori_loop(0, support, exclude, z)
-    top = jnp.max(z, 1)
+    counted = jnp.where((columns < limit_ref[0])[None, :], z, -jnp.inf)
+    counted = jax.lax.fori_loop(0, label + 1, visit, counted)
+    top = jnp.max(counted, 1)
     shift = jnp.where(top == -jnp.inf, 0.0, top)
-    e = jnp.exp(z - shift[:, None])
+    e = jnp.exp(counted - shift[:, None])
     top_ref[...] = top
     sum_ref[...] = jnp.sum(e, 1)
     if options.tempered:
-        tempered_ref[...] = jnp.sum(jnp.exp((z - shift[:, None]) / options.temperature), 1)
+        tempered_ref[...] = jnp.sum(jnp.exp((counted - shift[:, None]) / options.temperature), 1)
     if options.model_entropy:
-        weighted_ref[...] = jnp.sum(jnp.where(e > 0, e * z, 0.0), 1)
+        weighted_ref[...] = jnp.sum(jnp.where(e > 0, e * counted, 0.0), 1)
 
 
 def _dlogits_kernel(
     limit_ref: Any, h_ref: Any, w_ref: Any, ids_ref: Any, at_ref: Any, dense_ref: Any, shift_ref: Any,
-    tempered_ref: Any, shift_tempered_ref: Any, out_ref: Any, *, width: int, support: int, options: Options,
+    tempered_ref: Any, shift_tempered_ref: Any, out_ref: Any, *, width: int, options: Options,
 ) -> None:  # fmt: skip
     columns = pl.program_id(1) * _TILE + jnp.arange(_TILE)
     z = _logits(h_ref, w_ref, columns, width, options)
@@ -168,15 +165,15 @@ def _dlogits_kernel(
     if options.tempered:
         tempered = jnp.exp(z / options.temperature - shift_tempered_ref[...][:, None])
         dz += tempered_ref[...][:, None] * tempered
-    ids, at = ids_ref[...], at_ref[...]
+    label = ids_ref.shape[0] - 1
 
     def add(m: Array, dz: Array) -> Array:
-        here = jnp.broadcast_to(_pick(at, m)[:, None], dz.shape)
+        here = at_ref[m, :][:, None]
         # Under a tail the dense part leaves the support out.
-        here = jnp.where(m < support, here, dz + here) if options.tail else dz + here
-        return jnp.where(columns[None, :] == _pick(ids, m)[:, None], here, dz)
+        here = jnp.where(m < label, here, dz + here) if options.tail else dz + here
+        return jnp.where(columns[None, :] == ids_ref[m, :][:, None], here, dz)
 
-    dz = jax.lax.fori_loop(0, support + 1, add, dz) * options.logit_scale
+    dz = jax.lax.fori_loop(0, label + 1, add, dz) * options.logit_scale
     if options.logit_cap is not None:
         dz *= 1 - (z / options.logit_cap) * (z / options.logit_cap)
     dz = jnp.where((columns < limit_ref[0])[None, :], dz, 0.0).astype(out_ref.dtype)

@@ -46,15 +46,16 @@ def test_loss_and_gradients(devices, chip, implementation, T_D_V):
     assert program.temporaries < both + logits
 
 
+@pytest.mark.parametrize("D", [1024, 48])
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2", "h100:1"])
-def test_every_variant_of_the_loss(devices, chip):
-    """Without a tail, tempered, capped, and a vocabulary that no tile divides."""
+def test_every_variant_of_the_loss(devices, chip, D):
+    """Without a tail, tempered, capped, and channels and a vocabulary that no tile divides."""
     shape = shape_on(devices(chip)[0])
     options = terms.Options(
         implementation=dict(CHIPS)[chip], temperature=2.0, divergence=True, logit_cap=30.0, logit_scale=0.5
     )
     step = jax.grad(lambda *arguments: passes.losses(*arguments, options)[0], argnums=(0, 1))
-    hidden, unembedding = shape((300, 1024), jnp.float32), shape((1024, 50257), jnp.float32)
+    hidden, unembedding = shape((300, D), jnp.float32), shape((D, 50257), jnp.float32)
     aot.compile_for(jax.jit(step), hidden, unembedding, rows(shape, 300), shape((), jnp.float32))
 
 
