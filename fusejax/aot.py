@@ -14,17 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 
-from fusejax import fusion, models, sharding
+from fusejax import fusion, models, scoring, sharding
 from fusejax import optimizer as optimizers
-from fusejax.config import Config
+from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
+from fusejax.hlo import Traffic, collectives
+from fusejax.training import tuning
 from fusejax.training.state import abstract_state
 from fusejax.training.step import make_step
 
@@ -55,13 +58,6 @@ class NotInstalledError(UserError):
     """What compiles for a machine is not installed."""
 
 
-class Traffic(NamedTuple):
-    """How often collectives of one kind run in one execution, and the bytes of all their results on each device."""
-
-    times: int
-    bytes: int
-
-
 @dataclass(frozen=True)
 class Program:
     """A compiled program; all sizes are bytes on each device.
@@ -79,8 +75,10 @@ class Program:
     seconds: float
 
 
-def topology(name: str) -> Sequence[Any]:
-    """The devices of a machine by its name: TPU:SHAPE as in `v5p:2x2x2` and `v6e:2x4`, or `h100:N`.
+def topology(name: str, slices: int = 1) -> Sequence[Any]:
+    """The devices of a machine by its name: TPU:SHAPE as in `v5p:2x2x2` and `v6e:2x4`, or `h100:N`, `h100:HOSTSxN`.
+
+    slices: so many of these TPU slices, joined by the data centre's network.
 
     Raises UserError for a name that is not known, NotInstalledError where what compiles for it is missing.
     """
@@ -88,13 +86,13 @@ def topology(name: str) -> Sequence[Any]:
     if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise UserError(f"topology {name!r}: should be a machine and its shape, as v5p:2x2x2, v6e:2x4 or h100:8")
     if kind in TPUS:
-        return _tpu(name)
+        return _tpu(name, slices)
     if kind == "h100":
         return _h100(shape)
     raise UserError(f"topology {name!r}: known machines are {', '.join(TPUS)} and h100")
 
 
-def _tpu(name: str) -> Sequence[Any]:
+def _tpu(name: str, slices: int) -> Sequence[Any]:
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -105,7 +103,9 @@ def _tpu(name: str) -> Sequence[Any]:
     # It would let one process of a machine in alone, which matters where there is a TPU.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        # The two cores of a v4 chip are one device in JAX, as those of a v5p are.
+        options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+        return topologies.get_topology_desc(name, "tpu", num_slices=slices, **options).devices
     except Exception as error:
         raise UserError(f"topology {name!r}: libtpu refuses it: {_first_line(error)}") from None
 
@@ -146,9 +146,7 @@ def train_step(
     source_vocabularies: rows of each source's token table; none: the CLM-only step. table_columns: how many bytes of a
     source token a row may have consumed, plus one. Raises UserError where it does not fit, with the compiler's reason.
     """
-    if config.lora is not None:
-        raise UserError("lora: adapters are not compiled ahead of time")
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.job_mesh(config, model_config, devices)
     model = models.Decoder(
         model_config, jnp.dtype(config.precision.compute), config.remat, attention=config.attention, mesh=mesh
     )
@@ -157,13 +155,45 @@ def train_step(
     params = nnx.to_pure_dict(
         jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, placed)
     )
+    trained, fixed = tuning.abstract_split(config, params, model, mesh)
     optimizer, schedule = optimizers.make(config.optimizer, steps_total)
-    state = abstract_state(config, params, optimizer, mesh)
-    step = make_step(config, graphdef, optimizer, schedule, steps_total, sharding.like(state), {}, mesh)
+    state = abstract_state(config, trained, optimizer, mesh)
+    layouts = sharding.like(state), sharding.like(fixed)
+    step = make_step(config, graphdef, optimizer, schedule, steps_total, *layouts, mesh)
     table: Any = partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
     shapes_of = [(rows, table_columns) for rows in source_vocabularies]
     tables = [fusion.TokenTable(table(shape, jnp.int32), table(shape, jnp.uint32)) for shape in shapes_of]
-    return compile_for(step, state, {}, abstract_batch(config, len(tables), mesh), tables)
+    return compile_for(step, state, fixed, abstract_batch(config, len(tables), mesh), tables)
+
+
+def source_forward(
+    config: Config, source: ModelConfig, model_config: models.DecoderConfig, devices: Sequence[Any]
+) -> Program:
+    """Compile the program that caches a source, of its longest batches, for the first process of `devices`.
+
+    Without `cache.batch_tokens` the batch is the smallest one, which says whether a larger one may be chosen.
+    """
+    mesh = sharding.sources_mesh(config, devices)
+    compute = jnp.dtype(config.precision.compute)
+    model = models.Decoder(model_config, compute, attention=config.attention, mesh=mesh)
+    graphdef, _ = nnx.split(model)
+    shapes, placed = models.abstract_params(model_config, compute), models.shardings(model_config, mesh)
+    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, placed)
+    sampled = config.cache.kind == "sampled"
+    forward = scoring.program(
+        graphdef,
+        k=0 if sampled else source.top_k or config.cache.top_k,
+        vocab_size=model_config.vocab_size,
+        mesh=mesh,
+        draws=scoring.Draws(config.cache.rounds, config.seed) if sampled else None,
+        implementation=config.kernels.topk_unembed,
+    )
+    multiple = sharding.batch_shards(mesh)
+    longest = np.array([config.max_length])
+    rows = scoring.plan(longest, config.max_length, config.cache.batch_tokens or 1, multiple)[0].rows
+    split = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=sharding.batch_sharding(mesh))
+    ids = split((rows, config.max_length))
+    return compile_for(forward, params, ids, ids, *([split((rows,))] if sampled else []))
 
 
 def abstract_batch(config: Config, n_sources: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -195,7 +225,9 @@ def compile_for(function: Callable[..., Any], *arguments: Any) -> Program:
     started = time.monotonic()
     try:
         with _on_abstract_device(arguments):
-            compiled = function.lower(*arguments).compile()  # type: ignore[attr-defined]
+            static = function.args if isinstance(function, partial) else ()
+            jitted: Any = function.func if isinstance(function, partial) else function
+            compiled = jitted.lower(*static, *arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -226,71 +258,3 @@ def _on_abstract_device(arguments: Any) -> contextlib.AbstractContextManager[Any
 def _shortage(text: str) -> str:
     found = re.search(r"Used \S+ of \S+ \w+\. Exceeded \w+ capacity by \S+", text)
     return found.group(0).rstrip(".") if found else text.splitlines()[0]
-
-
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
-_CALLS = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.\-, %]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONDITION = re.compile(r"condition=(%[\w.\-]+)")
-_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
-
-
-def collectives(text: str) -> dict[str, Traffic]:
-    """Count and bytes of the collectives of a compiled module's text, a loop's body as often as it runs."""
-    computations, entry = _computations(text)
-    totals: dict[str, Traffic] = {}
-
-    def visit(name: str, times: int) -> None:
-        for line in computations.get(name, ()):
-            found = _COLLECTIVE.search(line)
-            if found:
-                kind = found.group(2)
-                before, size = totals.get(kind, Traffic(0, 0))
-                totals[kind] = Traffic(before + times, size + times * _bytes(found.group(1), bool(found.group(3))))
-                continue
-            trips = _trips(line, computations) if "body=" in line else 1
-            for called in _CALLS.findall(line):
-                for inner in re.findall(r"%[\w.\-]+", called):
-                    visit(inner, times * trips)
-
-    visit(entry, 1)
-    return totals
-
-
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs; where the compiler does not say, what its condition compares the counter with."""
-    known = _TRIPS.search(line)
-    if known:
-        return int(known.group(1))
-    condition = _CONDITION.search(line)
-    limits = _LIMIT.findall("\n".join(computations.get(condition.group(1), ()))) if condition else []
-    return max((int(n) for n in limits), default=1)
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(lines of each computation of a module, the entry's name)."""
-    computations: dict[str, list[str]] = {}
-    entry, name = "", ""
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?(%[\w.\-]+) \(.*\{$", line)
-        if head:
-            name = head.group(2)
-            computations[name] = []
-            entry = name if head.group(1) else entry
-        elif name:
-            computations[name].append(line)
-    return computations, entry
-
-
-def _bytes(shapes: str, started: bool) -> int:
-    """Of a result's arrays; an asynchronous start lists its operands first, so the last array is the result."""
-    sizes = []
-    for dtype, dimensions in _ARRAY.findall(shapes):
-        elements = 1
-        for n in filter(None, dimensions.split(",")):
-            elements *= int(n)
-        bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
-        sizes.append(elements * bits // 8)
-    return max(sizes, default=0) if started else sum(sizes)

@@ -156,11 +156,31 @@ class BatchConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each mesh axis; their product is the number of devices used."""
+    """Devices along each mesh axis; their product is the number of devices used.
 
-    data: int = Field(1, ge=1)
-    fsdp: int = Field(1, ge=1)
-    tensor: int = Field(1, ge=1)
+    -1: chosen when the devices are known, see `sharding.resolve`; `mesh: auto` leaves all three open.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return dict.fromkeys(cls.model_fields, -1) if value == "auto" else value
+
+    @field_validator("data", "fsdp", "tensor")
+    @classmethod
+    def _size(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError(f"{value} should be at least 1, or -1 for what the number of devices makes of it")
+        return value
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an axis is left to be chosen."""
+        return -1 in (self.data, self.fsdp, self.tensor)
 
 
 class KernelsConfig(Section):
@@ -320,6 +340,8 @@ class Config(Section):
         return self
 
     def _check_batch(self) -> None:
+        if -1 in (self.mesh.data, self.mesh.fsdp):
+            return  # whatever is chosen will divide the batch
         shards, sequences, micro = self.mesh.data * self.mesh.fsdp, self.batch.sequences, self.batch.microbatch
         if sequences % shards:
             raise ValueError(

@@ -43,7 +43,7 @@ def check_devices(config: Config, training: bool = True) -> None:
     Attention is traced, as far as the models' configurations are here; nothing is compiled. training: the target's
     packed rows over the whole mesh too, and not the sources alone.
     """
-    mesh = sharding.make_mesh(config.mesh) if training else sharding.sources_mesh(config)
+    mesh = sharding.job_mesh(config) if training else sharding.sources_mesh(config)
     sharding.check_kernels(config.kernels, mesh)
     if config.attention in ("splash", "cudnn"):
         for source in config.sources:

@@ -171,6 +171,25 @@ def _draw(
     return out.ids, jnp.zeros((B, L, 0)), out.ce
 
 
+def program(
+    structure: Any,
+    *,
+    k: int,
+    vocab_size: int | None,
+    mesh: Mesh,
+    draws: Draws | None = None,
+    implementation: Implementation = "auto",
+) -> functools.partial[Any]:
+    """The jitted function of a batch with its static arguments: (state, ids, labels[, numbers]) → arrays.
+
+    structure: the graph of a Decoder (`nnx.split`). The rest as in `Scorer`.
+    """
+    placement = sharding.placement(mesh)
+    if draws is None:
+        return functools.partial(_forward, structure, k, vocab_size, placement, implementation)
+    return functools.partial(_draw, structure, draws, vocab_size, placement)
+
+
 class Scorer:
     """Runs a model over documents; a program is compiled for each batch length that occurs."""
 
@@ -193,14 +212,11 @@ class Scorer:
         of `topk_unembed`. batch_tokens: of a batch; None: as many as the devices have memory for, see `_fitting`.
         """
         self._max_length, self._mesh = max_length, mesh
-        self._row_multiple = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH]))
+        self._row_multiple = sharding.batch_shards(mesh)
         structure, self._state = nnx.split(model)
-        placement = sharding.placement(mesh)
-        if draws is None:
-            self._program: Any = _forward
-            self._static: tuple[Any, ...] = (structure, k, vocab_size, placement, implementation)
-        else:
-            self._program, self._static = _draw, (structure, draws, vocab_size, placement)
+        self._program = program(
+            structure, k=k, vocab_size=vocab_size, mesh=mesh, draws=draws, implementation=implementation
+        )
         self._numbered = draws is not None
         # Over several processes' devices each gets all results: which of them keeps what is their caller's to say.
         self._gather = jax.jit(lambda out: out, out_shardings=sharding.replicated(mesh))
@@ -247,7 +263,8 @@ class Scorer:
         line_BL = jax.ShapeDtypeStruct((self._row_multiple, self._max_length), jnp.int32, sharding=sharding_B)
         number_B = jax.ShapeDtypeStruct((self._row_multiple,), jnp.int32, sharding=sharding_B)
         inputs = (line_BL, line_BL, *([number_B] if self._numbered else []))
-        needed = self._program.lower(*self._static, self._state, *inputs).compile().memory_analysis()
+        jitted: Any = self._program.func
+        needed = jitted.lower(*self._program.args, self._state, *inputs).compile().memory_analysis()
         per_row = needed.temp_size_in_bytes + (_AHEAD + 1) * needed.output_size_in_bytes
         most = max(_MOST_TOKENS // self._max_length, 1)
         rows = int(np.clip(_SHARE * free // max(per_row, 1), 1, most))
@@ -264,7 +281,7 @@ class Scorer:
             labels_BL[row, : len(group.labels[i])] = group.labels[i]
             numbers_B[row] = group.first + i
         arrays = {"ids": ids_BL, "labels": labels_BL} | ({"numbers": numbers_B} if self._numbered else {})
-        out = self._program(*self._static, self._state, *sharding.put_batch(arrays, self._mesh).values())
+        out = self._program(self._state, *sharding.put_batch(arrays, self._mesh).values())
         return self._gather(out) if self._mesh.is_multi_process else out
 
 

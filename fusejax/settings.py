@@ -73,8 +73,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for part in parents:
         child = _step(node, part, override)
         if child is None or isinstance(child, str):
-            # `target: NAME` is short for `target: {model: NAME}`.
-            child = {"model": child} if isinstance(child, str) else {}
+            # `target: NAME` is short for `target: {model: NAME}`; beside `mesh: auto` a key stands alone.
+            child = {"model": child} if isinstance(child, str) and child != "auto" else {}
             node[int(part) if isinstance(node, list) else part] = child
         node = child
     if isinstance(node, list):

@@ -5,11 +5,14 @@ A mesh has three: `data` (replicas of the model), `fsdp` (parameters, optimizer 
 Programs are jitted with these NamedShardings as input and output shardings, which is what `pjit` has become in JAX.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusejax.config import Config, KernelsConfig, MeshConfig
@@ -34,23 +37,111 @@ BATCH = ("data", "fsdp")  # the batch dimension is split over both
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh of a configuration, of the first of `devices` (default: this machine's); one device without it.
 
-    Raises UserError where the mesh asks for more devices than there are.
+    Where the devices are several slices (of TPUs) or hosts (of GPUs), `data` goes over them as far as it can, then
+    `fsdp`, so that the axes with more to exchange stay on the fast network. Raises UserError where the mesh asks for
+    more devices than there are, or leaves some of several processes' out.
     """
-    shape = (config.data, config.fsdp, config.tensor) if config else (1, 1, 1)
     if devices is None:
         devices = jax.devices() if config else jax.local_devices()
+    is_job, config = config is not None, resolve(config or MeshConfig(), devices)
+    shape = (config.data, config.fsdp, config.tensor)
     needed = int(np.prod(shape))
     if needed > len(devices):
         raise UserError(
-            f"mesh: data x fsdp x tensor = {shape[0]} x {shape[1]} x {shape[2]} needs {needed} devices, "
+            f"mesh: data x fsdp x tensor = {_product(shape)} needs {needed} devices, "
             f"here {'is' if len(devices) == 1 else 'are'} {len(devices)} ({devices[0].platform})"
         )
-    if config and needed < len(devices) and jax.process_count() > 1:
+    if is_job and needed < len(devices) and jax.process_count() > 1:
         raise UserError(
-            f"mesh: data x fsdp x tensor = {shape[0]} x {shape[1]} x {shape[2]} takes {needed} of the {len(devices)} "
+            f"mesh: data x fsdp x tensor = {_product(shape)} takes {needed} of the {len(devices)} "
             f"devices of {jax.process_count()} processes; it should take all"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    axis_types = (AxisType.Auto,) * len(AXES)
+    slices, by_process = _slices(devices[:needed])
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices[:needed])
+    outer, left = [], slices
+    for size in shape:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    inner = [size // n for size, n in zip(shape, outer, strict=True)]
+    ordered = mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices[:needed], process_is_granule=by_process, allow_split_physical_axes=True
+    )
+    return Mesh(ordered, AXES, axis_types=axis_types)
+
+
+def _product(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _slices(devices: Sequence[Any]) -> tuple[int, bool]:
+    """(groups of equally many devices with a fast network of their own, whether a group is a process).
+
+    TPUs say which slice they are of, GPUs which host; else a process with several devices is taken for a host.
+    """
+    by_slice = Counter(getattr(device, "slice_index", 0) for device in devices)
+    by_process = Counter(device.process_index for device in devices)
+    if len(by_slice) > 1:
+        return (len(by_slice), False) if len(set(by_slice.values())) == 1 else (1, False)
+    if devices[0].platform == "tpu" or len(set(by_process.values())) > 1 or min(by_process.values()) == 1:
+        return 1, False
+    return len(by_process), True
+
+
+def resolve(config: MeshConfig, devices: Sequence[Any], rows: int | None = None, model: Any = None) -> MeshConfig:
+    """`config` with a number for every axis that it leaves open, so that the mesh takes all devices.
+
+    `fsdp` takes the devices of a slice or host and `data` goes over those; `tensor` stays 1 but where data x fsdp would
+    not divide `rows` (sequences of a forward pass), or where `fsdp` would not divide the width of `model` (a
+    DecoderConfig), whose parameters would then stay whole. Raises UserError where no numbers do.
+    """
+    if not config.is_open:
+        return config
+    sizes = config.model_dump()
+    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(devices) % given:
+        fixed = {axis: size for axis, size in sizes.items() if size != -1}
+        said = " x ".join(fixed) + " = " + _product(list(fixed.values()))
+        raise UserError(f"mesh: {said} does not divide the {len(devices)} devices")
+    slices, _ = _slices(devices)
+    shapes = [
+        shape
+        for shape in mesh_shapes(len(devices))
+        if all(size in (-1, n) for size, n in zip(sizes.values(), shape, strict=True))
+        and (rows is None or rows % (shape[0] * shape[1]) == 0)
+    ]
+    if not shapes:
+        raise UserError(
+            f"mesh: no numbers for its open axes take all {len(devices)} devices and let data x fsdp divide the "
+            f"{rows} sequences of a forward pass; change batch.sequences, batch.microbatch or mesh.tensor"
+        )
+
+    def cost(shape: Sequence[int]) -> tuple[bool, int, float]:
+        data, fsdp, tensor = shape
+        whole = model is not None and bool(model.d_model % fsdp or model.n_heads % tensor)
+        return whole, tensor, abs(math.log(data / slices))
+
+    return MeshConfig(**dict(zip(sizes, min(shapes, key=cost), strict=True)))
+
+
+def mesh_shapes(n: int) -> list[tuple[int, int, int]]:
+    """Every (data, fsdp, tensor) whose product is n."""
+    divisors = [i for i in range(1, n + 1) if n % i == 0]
+    return [(data, fsdp, n // (data * fsdp)) for data in divisors for fsdp in divisors if n // data % fsdp == 0]
+
+
+def job_mesh(config: Config, model: Any = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh on which a job trains; `model`: the target's DecoderConfig, for axes that are open (see `resolve`)."""
+    devices = jax.devices() if devices is None else devices
+    rows = config.batch.microbatch or config.batch.sequences
+    return make_mesh(resolve(config.mesh, devices, rows, model), devices)
+
+
+def described(mesh: Mesh) -> str:
+    """The mesh and its devices, for people."""
+    sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
+    return f"{sizes}, of {mesh.size} {mesh.devices.flat[0].device_kind}"
 
 
 def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -144,23 +235,29 @@ def one_by_one(function: Callable[..., Any], batch: Any, others: Any, mesh: Mesh
     return jax.shard_map(rows, mesh=mesh, in_specs=(split, whole), out_specs=split, check_vma=False)(batch, others)
 
 
-def local_mesh(config: MeshConfig | None = None) -> Mesh:
+def local_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of this process' own devices, for work that is split by document over the processes.
 
     In a job of one process it is that of the configuration. Else `tensor` stays as it is where this process has so many
-    devices, and the rest of them is `fsdp`.
+    devices, and the rest of them is `fsdp`. devices: those of one of several processes of another machine.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and devices is None:
         return make_mesh(config)
-    devices = jax.local_devices()
-    tensor = config.tensor if config and len(devices) % config.tensor == 0 else 1
+    devices = jax.local_devices() if devices is None else devices
+    tensor = config.tensor if config and config.tensor > 0 and len(devices) % config.tensor == 0 else 1
     shape = (1, len(devices) // tensor, tensor)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def sources_mesh(config: Config) -> Mesh:
-    """What a source is laid out over: this process' own devices, or under `cache.mesh: job` those of all processes."""
-    return make_mesh(config.mesh) if config.cache.mesh == "job" else local_mesh(config.mesh)
+def sources_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """What a source is laid out over: this process' own devices, or under `cache.mesh: job` those of all processes.
+
+    devices: of another machine, the first of whose processes is meant then.
+    """
+    own = None if devices is None else [d for d in devices if d.process_index == devices[0].process_index]
+    if config.cache.mesh == "job" or (own is not None and own == devices):
+        return make_mesh(config.mesh, devices)
+    return local_mesh(config.mesh, own)
 
 
 def whole_mesh() -> Mesh:
@@ -195,9 +292,19 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, n: int | None = None)
     return {name: put(array) for name, array in batch.items()}
 
 
+def by_axes(mesh: Mesh, spec: tuple[Any, ...]) -> NamedSharding:
+    """The sharding that splits each dimension over the mesh axis (or axes) that `spec` has for it."""
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def put_parameter(array: np.ndarray, mesh: Mesh, spec: tuple[Any, ...]) -> jax.Array:
     """An array that every process holds whole, as a global one split by `spec` (mesh axes by dimension)."""
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec(*spec)), array.__getitem__)
+    return jax.make_array_from_callback(array.shape, by_axes(mesh, spec), array.__getitem__)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH]))
 
 
 def microbatches(batch: dict[str, jax.Array], n: int, mesh: Mesh) -> dict[str, jax.Array]:
@@ -205,7 +312,7 @@ def microbatches(batch: dict[str, jax.Array], n: int, mesh: Mesh) -> dict[str, j
 
     Each microbatch takes rows from every device's share of the batch, so that none moves to another device.
     """
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    shards = batch_shards(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
 
     def cut(x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusejax import aot, config, models, sharding, training
+from fusejax import aot, config, models, scoring, sharding, training
 from fusejax.errors import UserError
 
 
@@ -19,39 +19,6 @@ from fusejax.errors import UserError
 def test_names_that_are_refused(name, message):
     with pytest.raises(UserError, match=message):
         aot.topology(name)
-
-
-MODULE = """HloModule jit_step, is_scheduled=true
-
-%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %gathered = bf16[4,512]{1,0} all-gather(%shard), channel_id=1, dimensions={0}
-  %started = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%part), channel_id=2, dimensions={0}
-  %done = f32[8,4]{1,0} all-gather-done(%started)
-}
-
-%condition (arg.1: (s32[], f32[8])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(4)
-  ROOT %less = pred[] compare(%i, %limit), direction=LT
-}
-
-%inner (p: f32[]) -> f32[] {
-  %sum.2 = (f32[], s32[16]{0}) all-reduce(%a, %b), to_apply=%add
-}
-
-ENTRY %main (p0: f32[8]) -> f32[8] {
-  %while.1 = (s32[], f32[8]) while(%tuple), condition=%condition, body=%body
-  %while.2 = (s32[], f32[8]) while(%tuple), condition=%c2, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %out = f32[8]{0} reduce-scatter(%x), channel_id=3, to_apply=%add
-}
-"""
-
-
-def test_collectives_are_counted_as_often_as_their_loop_runs():
-    assert aot.collectives(MODULE) == {
-        "all-gather": (8, 4 * (4 * 512 * 2 + 8 * 4 * 4)),
-        "all-reduce": (3, 3 * (4 + 16 * 4)),
-        "reduce-scatter": (1, 32),
-    }
 
 
 def test_a_program_for_this_machine():
@@ -81,10 +48,46 @@ def test_a_step_from_shapes_alone_is_the_trainers_step(make_job, monkeypatch):
     assert set(batch) >= {"ids", "labels", "segment_ids", "positions", "source_ids", "gold_logprobs"}
 
 
-def test_adapters_are_refused():
-    job = config.validate({"target": "t", "corpus": {"path": "c"}, "lora": {}}, "test")
-    with pytest.raises(UserError, match="lora"):
-        aot.train_step(job, models.DecoderConfig(8, 8, 1, 1, 1, 8, 8, 8), jax.devices())
+@pytest.mark.parametrize("changes", [{"lora": {"rank": 4}}, {"optimizer": {"frozen": ["embedding", "blocks.0"]}}])
+def test_adapters_and_frozen_parameters_as_the_trainer_has_them(make_job, monkeypatch, changes):
+    job = make_job(**changes)
+    seen = []
+    monkeypatch.setattr(aot, "compile_for", lambda step, *arguments: seen.extend(arguments))
+    _, model_config = models.read_config(job.target.model)
+    aot.train_step(job, model_config, jax.devices()[:1])
+    trainer = training.Trainer.make(job, 10, with_sources=False)
+    for abstract, real in ((seen[0], trainer.state), (seen[1], trainer.fixed)):
+        described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == described
+
+
+def test_a_sources_forward_is_the_scorers(make_job, monkeypatch):
+    """What is compiled from shapes is what the stage calls, on arrays of the shapes that it calls it on."""
+    job = make_job()
+    source, length = job.sources[0], job.max_length
+    mesh, compute = sharding.local_mesh(job.mesh), jnp.dtype(job.precision.compute)
+    model = models.load(source.model, mesh=mesh, dtype=compute, compute_dtype=compute)
+    seen, called = [], []
+    monkeypatch.setattr(aot, "compile_for", lambda *arguments: seen.extend(arguments))
+    aot.source_forward(job, source, model.config, jax.devices()[:1])
+    make = scoring.program
+
+    def program(*arguments, **options):
+        called.append(make(*arguments, **options))
+        return lambda *arguments: called.extend(arguments)
+
+    monkeypatch.setattr(scoring, "program", program)
+    scorer = scoring.Scorer(
+        model, k=job.cache.top_k, vocab_size=model.config.vocab_size, max_length=length,
+        batch_tokens=job.cache.batch_tokens, mesh=mesh,
+    )  # fmt: skip
+    ids = np.ones(length, np.int32)
+    batch = scoring.plan(np.array([length]), length, job.cache.batch_tokens)[0]
+    scorer._start(batch, scoring.Group("", [ids], [ids]))
+    assert seen[0].func is called[0].func
+    assert seen[0].args[1:] == called[0].args[1:]
+    described = [[(x.shape, x.dtype) for x in jax.tree.leaves(arguments[1:])] for arguments in (seen, called)]
+    assert described[0] == described[1]
 
 
 def test_kernels_that_the_devices_cannot_run_are_refused():

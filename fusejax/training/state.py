@@ -13,6 +13,7 @@ from fusejax import fusion, models, sharding
 from fusejax import optimizer as optimizers
 from fusejax.batches import token_tables
 from fusejax.config import Config
+from fusejax.progress import say
 from fusejax.training import guard, tuning
 from fusejax.training.step import State, Step, make_step
 
@@ -38,7 +39,9 @@ class Trainer:
     @classmethod
     def make(cls, config: Config, steps_total: int, with_sources: bool) -> "Trainer":
         """Load the target onto the mesh, lay out the optimizer's state beside it, compile nothing yet."""
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = sharding.job_mesh(config, models.read_config(config.target.model, config.target.revision)[1])
+        if config.mesh.is_open:
+            say(f"mesh: {sharding.described(mesh)}")
         sharding.check_kernels(config.kernels, mesh)
         model = models.load(
             config.target.model,

@@ -26,8 +26,14 @@ def split(config: Config, params: Params, model: Any, mesh: jax.sharding.Mesh) -
 
     Raises UserError for a pattern of `optimizer.frozen` or `lora.targets` that names nothing.
     """
+    trained, fixed = abstract_split(config, params, model, mesh)
+    return (trained if config.lora is None else _initial(trained, config.seed)), fixed
+
+
+def abstract_split(config: Config, params: Params, model: Any, mesh: jax.sharding.Mesh) -> tuple[Params, Params]:
+    """`split`, but for new adapters, which are ShapeDtypeStructs; `params` may be such, too."""
     if config.lora is not None:
-        return _adapters(config.lora, config.seed, params, model, mesh), params
+        return _adapters(config.lora, params, model, mesh), params
     frozen = frozen_layers(config.optimizer.frozen, params)
     trained: Params = {}
     fixed: Params = {}
@@ -95,26 +101,41 @@ def _names_nothing(key: str, pattern: str, known: list[str]) -> UserError:
     return UserError(f"{key}: {pattern!r} names no parameter of the target; {hint}")
 
 
-def _adapters(lora: LoraConfig, seed: int, params: Params, model: Any, mesh: jax.sharding.Mesh) -> Params:
-    """For every target kernel [layers, *in, *out]: a [layers, *in, rank], normal, and b [layers, rank, *out], zero."""
+def _adapters(lora: LoraConfig, params: Params, model: Any, mesh: jax.sharding.Mesh) -> Params:
+    """For every target kernel [layers, *in, *out] the shapes of a [layers, *in, rank] and b [layers, rank, *out]."""
     kernels = {path: leaf for path, leaf in _flat(params) if path[0] == "blocks" and path[-1] == "kernel"}
     for target in lora.targets:
         if not any(_is_target(path, target) for path in kernels):
             raise _names_nothing("lora.targets", target, [path[-2] for path in kernels])
-    trained: Params = {}
+    adapters: Params = {}
     for path, kernel in kernels.items():
         if not any(_is_target(path, target) for target in lora.targets):
             continue
         split_at = 1 + _n_in(model, path)
         spec = (*kernel.sharding.spec, *[None] * kernel.ndim)[: kernel.ndim]
         layers, inputs, outputs = kernel.shape[0], kernel.shape[1:split_at], kernel.shape[split_at:]
-        std = np.float32(1 / np.sqrt(np.prod(inputs)))
-        random = np.random.default_rng([seed, zlib.crc32(".".join(path).encode())])
-        a = random.standard_normal((layers, *inputs, lora.rank), np.float32) * std
-        b = np.zeros((layers, lora.rank, *outputs), np.float32)
-        _put(trained, (*path, "a"), sharding.put_parameter(a, mesh, (*spec[:split_at], None)))
-        _put(trained, (*path, "b"), sharding.put_parameter(b, mesh, (spec[0], None, *spec[split_at:])))
-    return trained
+        a, b = (layers, *inputs, lora.rank), (layers, lora.rank, *outputs)
+        for name, shape, axes in (
+            ("a", a, (*spec[:split_at], None)),
+            ("b", b, (spec[0], None, *spec[split_at:])),
+        ):
+            layout = sharding.by_axes(mesh, axes)
+            _put(adapters, (*path, name), jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout))
+    return adapters
+
+
+def _initial(adapters: Params, seed: int) -> Params:
+    """The arrays of new adapters: each a normal with variance 1 / inputs, each b zero."""
+    made: Params = {}
+    for path, leaf in _flat(adapters):
+        if path[-1] == "a":
+            random = np.random.default_rng([seed, zlib.crc32(".".join(path[:-1]).encode())])
+            std = np.float32(1 / np.sqrt(np.prod(leaf.shape[1:-1])))
+            values = random.standard_normal(leaf.shape, np.float32) * std
+        else:
+            values = np.zeros(leaf.shape, np.float32)
+        _put(made, path, sharding.put_parameter(values, leaf.sharding.mesh, tuple(leaf.sharding.spec)))
+    return made
 
 
 def _is_target(path: tuple[str, ...], target: str) -> bool:
