@@ -117,12 +117,13 @@ def resolve(config: MeshConfig, devices: Sequence[Any], rows: int | None = None,
             f"{rows} sequences of a forward pass; change batch.sequences, batch.microbatch or mesh.tensor"
         )
 
-    def cost(shape: Sequence[int]) -> tuple[bool, int, float]:
+    def cost(shape: tuple[int, int, int]) -> tuple[bool, int, float]:
         data, fsdp, tensor = shape
         whole = model is not None and bool(model.d_model % fsdp or model.n_heads % tensor)
         return whole, tensor, abs(math.log(data / slices))
 
-    return MeshConfig(**dict(zip(sizes, min(shapes, key=cost), strict=True)))
+    best = min(shapes, key=cost)
+    return MeshConfig(**dict(zip(sizes, best, strict=True)))
 
 
 def mesh_shapes(n: int) -> list[tuple[int, int, int]]:
@@ -254,10 +255,12 @@ def sources_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
     devices: of another machine, the first of whose processes is meant then.
     """
-    own = None if devices is None else [d for d in devices if d.process_index == devices[0].process_index]
-    if config.cache.mesh == "job" or (own is not None and own == devices):
+    if config.cache.mesh == "job":
         return make_mesh(config.mesh, devices)
-    return local_mesh(config.mesh, own)
+    if devices is None:
+        return local_mesh(config.mesh)
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    return local_mesh(config.mesh, own) if len(own) < len(devices) else make_mesh(config.mesh, devices)
 
 
 def whole_mesh() -> Mesh:
