@@ -136,7 +136,8 @@ class Batches:
 
     def _pack_next(self) -> None:
         epoch = len(self._packings)
-        self._packings.append(pack(self._lengths, self._config.max_length, self._config.seed, epoch))
+        config = self._config
+        self._packings.append(pack(self._lengths, config.max_length, config.seed, epoch, config.batch.packed))
         self._first_sequence.append(self._first_sequence[-1] + len(self._packings[-1]))
 
     def _sequence(self, i: int) -> np.ndarray:

@@ -151,6 +151,7 @@ class BatchConfig(Section):
 
     sequences: int = Field(128, ge=1)  # packed sequences of `max_length` tokens, over all devices and microbatches
     microbatch: int | None = Field(None, ge=1)  # sequences of one forward and backward pass; default: all of them
+    packed: bool = True  # several documents in a sequence, each seeing itself alone; else one document in each
     epochs: int = Field(1, ge=1)
     steps: int | None = Field(None, ge=1)  # overrides epochs
 

@@ -18,12 +18,13 @@ class Packing(NamedTuple):
         return self.documents[self.starts[i] : self.starts[i + 1]]
 
 
-def pack(lengths: np.ndarray, max_length: int, seed: int, epoch: int) -> Packing:
+def pack(lengths: np.ndarray, max_length: int, seed: int, epoch: int, together: bool = True) -> Packing:
     """Put documents, in an order shuffled by (seed, epoch), into sequences of `max_length` tokens.
 
     lengths: int [documents], tokens of each with all that is added to it; a document of length 0 is left out. Each
     document goes into the open sequence in which it leaves the least room (best fit), else it opens one. The sequences
-    are shuffled too: the ones opened last are the emptiest. Takes about a microsecond per document.
+    are shuffled too: the ones opened last are the emptiest. Takes about a microsecond per document. Not `together`:
+    each document is a sequence of its own.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and lengths.max() > max_length:
@@ -31,6 +32,8 @@ def pack(lengths: np.ndarray, max_length: int, seed: int, epoch: int) -> Packing
         raise ValueError(f"document {longest} has {lengths[longest]} tokens, more than max_length {max_length}")
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(np.flatnonzero(lengths))
+    if not together:
+        return Packing(order, np.arange(len(order) + 1, dtype=np.int64))
     sequence_of = np.empty(len(order), np.int64)
     # with_room[r]: the sequences that have room for exactly r more tokens; bit r of `rooms`: whether there are any.
     with_room: list[list[int]] = [[] for _ in range(max_length + 1)]

@@ -41,7 +41,7 @@ def check_devices(config: Config, training: bool = True) -> None:
     """UserError where `kernels` or `attention` ask for what this machine's devices or the models cannot do.
 
     Attention is traced, as far as the models' configurations are here; nothing is compiled. training: the target's
-    packed rows over the whole mesh too, and not the sources alone.
+    rows over the whole mesh too, and not the sources alone.
     """
     mesh = sharding.job_mesh(config) if training else sharding.sources_mesh(config)
     sharding.check_kernels(config.kernels, mesh)
@@ -49,7 +49,7 @@ def check_devices(config: Config, training: bool = True) -> None:
         for source in config.sources:
             _check_attention(config, source, sharding.sources_mesh(config), packed=False)
         if training:
-            _check_attention(config, config.target, mesh, packed=True)
+            _check_attention(config, config.target, mesh, packed=config.batch.packed)
 
 
 def _check_attention(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, packed: bool) -> None:

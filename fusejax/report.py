@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+import fusejax
 from fusejax import alignment_report, metrics, plots, store
 from fusejax.alignment import read_report
 from fusejax.config import Config, dump
@@ -47,7 +48,7 @@ def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[
         "training": {name: _training(history) for name, history in histories.items()},
         "evaluation": {"bits_per_byte": _bits_per_byte(config)},
         "throughput": {name: _throughput(run_folder(config, name)) for name in histories},
-        "versions": {"fusejax": version("fusejax"), "python": platform.python_version()}
+        "versions": {"fusejax": fusejax.__version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
         "config": json.loads(config.model_dump_json()),
     }

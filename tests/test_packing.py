@@ -41,6 +41,14 @@ def test_depends_on_seed_and_epoch_alone():
     assert not np.array_equal(first.documents, pack(lengths, 64, 2, 2).documents)
 
 
+def test_one_document_a_sequence():
+    lengths = np.array([3, 0, 5, 1])
+    packing = pack(lengths, 8, 0, 0, together=False)
+    assert [packing.sequence(i).tolist() for i in range(len(packing))] == [[i] for i in packing.documents]
+    assert sorted(packing.documents.tolist()) == [0, 2, 3]
+    assert packing.documents.tolist() == pack(lengths, 5, 0, 0, together=False).documents.tolist()
+
+
 def test_packs_tightly():
     lengths = np.random.default_rng(0).integers(1, 1024, 3000)
     assert lengths.sum() / (len(pack(lengths, 2048, 0, 0)) * 2048) > 0.98

@@ -183,8 +183,9 @@ def test_attention_is_traced_for_every_model(job, monkeypatch):
     monkeypatch.setattr(models.attention, "objection", lambda name, query, tokens, *_: (
         "takes no segment ids" if tokens.segments_BL is not None else None
     ))  # fmt: skip
-    monkeypatch.setattr("fusejax.models.attention_kernels.cudnn", lambda query, key, value, features: query)
+    monkeypatch.setattr("fusejax.models.attention_kernels.cudnn", lambda query, *_: query)
     assert "takes no segment ids" in job(check=preflight.check_devices, attention="cudnn")
+    assert job(check=preflight.check_devices, attention="cudnn", batch={"sequences": 2, "packed": False}) == ""
     assert job(check=lambda config: preflight.check_devices(config, training=False), attention="cudnn") == ""
 
 

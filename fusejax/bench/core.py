@@ -1,5 +1,6 @@
 """Measuring: warm-up, interleaved rounds, medians and their spread, ratios, memory, and what the machine is."""
 
+import importlib.util
 import math
 import os
 import platform
@@ -15,6 +16,9 @@ from typing import Any
 import jax
 from rich.table import Table
 
+import fusejax
+from fusejax import flops
+from fusejax.errors import UserError
 from fusejax.parallel import usable_cpus
 from fusejax.progress import console, progress, say
 
@@ -96,6 +100,51 @@ def cases(
     ]
 
 
+def throughput(case: Case, flops_per_token: float, devices: int) -> list[Case]:
+    """What follows from a rate in tokens a second: the rate of a device, FLOP/s, and their share of the chips' peak."""
+    kind = jax.devices()[0].device_kind
+    peak = flops.peak(kind)
+    found = [
+        Case(f"{case.name}: per device", case.value / devices, "tokens/s"),
+        Case(f"{case.name}: model", case.value * flops_per_token / 1e9, "GFLOP/s"),
+    ]
+    if peak is not None:
+        mfu = case.value * flops_per_token / (devices * peak)
+        formula = {"formula": flops.MFU_FORMULA, "peak_flops_per_device": peak, "device": kind}
+        found.append(Case(f"{case.name}: MFU of {peak / 1e12:.0f} TFLOP/s", mfu, "", more=formula))
+    return found
+
+
+def torch_device() -> str:
+    """Where torch runs beside JAX: `cuda` or `cpu`, with as many threads as XLA has.
+
+    Raises UserError where torch is not installed, or cannot use the kind of device that JAX uses.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("torch is not installed here")
+    import torch
+
+    torch.set_num_threads(usable_cpus())
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "cpu"
+    if backend != "gpu" or not torch.cuda.is_available():
+        raise UserError(f"torch cannot use the device that JAX uses here ({backend})")
+    return "cuda"
+
+
+def torch_model(folder: str | Path, dtype: str) -> tuple[Any, str]:
+    """(transformers' causal model of a folder, with weights in `dtype`, on `torch_device()`; that device)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = torch_device()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(device), device
+
+
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return values[0], values[0]
@@ -160,7 +209,7 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "fusejax": version("fusejax"),
+        "fusejax": fusejax.__version__,
         "jax": version("jax"),
         "jaxlib": version("jaxlib"),
         "platform": device.platform,

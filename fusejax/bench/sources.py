@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fusejax import config, corpus, models, scoring, sharding, sources, tokenizers
-from fusejax.bench import core, positive
+from fusejax import config, corpus, flops, models, scoring, sharding, sources, tokenizers
+from fusejax.bench import core, positive, random_models
 from fusejax.config import Config
 from fusejax.errors import UserError
-from fusejax.parallel import usable_cpus
 from fusejax.store import Store, StoreWriter
 from fusejax.tokenizers import Tokenizer
 
@@ -40,12 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-tokens", type=positive, default=2048, metavar="T", help="of a batch (default 2048)")
     parser.add_argument("--top-k", type=positive, default=10, metavar="K", help="entries of a row (default 10)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the forward; default: float32 on a CPU")
+    random_models.add_argument(parser, "MODEL's")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
 
 
 def run(options: argparse.Namespace) -> list[core.Case]:
     """Tokens per second of each, on the same documents."""
     with tempfile.TemporaryDirectory(prefix="fusejax-bench-") as folder:
+        if options.random:
+            tokenizer = models.local_folder(options.model)
+            options.model = str(random_models.write(options.random, Path(folder), 0, tokenizer, options.max_length))
         job = _job(options, folder)
         return _Bench(job, options).run()
 
@@ -91,6 +95,9 @@ class _Bench:
         seconds = core.measure(functions, self._options.repeats, title="sources")
         tokens = sum(map(len, self._inputs))
         found = core.cases(seconds, {"stage": ["bare", "torch"]}, unit="tokens/s", amounts=tokens)
+        per_token = flops.forward_per_token(self._model.config, tokens // len(self._inputs))
+        for case in list(found):
+            found += core.throughput(case, per_token, 1 if case.name == "torch" else self._mesh.size)
         rows = sum(len(record["ids"]) for record in self._tokens)
         size = sum(file.stat().st_size for file in (self._written / "0").iterdir())
         return [*found, core.Case("disk, per row", size / rows, "bytes")]
@@ -152,17 +159,17 @@ class _Bench:
 
     def _torch(self) -> Callable[[], Any]:
         import torch
-        from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(usable_cpus())
-        dtype = getattr(torch, self._job.precision.compute)
-        model = AutoModelForCausalLM.from_pretrained(self._source.model, dtype=dtype).eval()
-        batches = [torch.tensor(ids_BL, dtype=torch.long) for _, ids_BL in self._batches()]
+        model, device = core.torch_model(models.local_folder(self._source.model), self._job.precision.compute)
+        model.eval()
+        batches = [torch.tensor(ids_BL, dtype=torch.long, device=device) for _, ids_BL in self._batches()]
 
         def forward() -> None:
             with torch.inference_mode():
                 for ids_BL in batches:
                     logprobs = torch.log_softmax(model(ids_BL).logits.float(), -1)
                     torch.topk(logprobs, self._job.cache.top_k)
+            if device == "cuda":
+                torch.cuda.synchronize()
 
         return forward

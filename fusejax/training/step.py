@@ -102,7 +102,9 @@ def batch_sums(
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(Σ loss over the labelled tokens, sums for the metrics), float32; sums of microbatches add up. See `means`."""
-    hidden_BLD = model.hidden(batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+    # One document in a sequence sees none of the padding that comes after it: no kernel need know of segments.
+    segments = batch["segment_ids"] if config.batch.packed else None
+    hidden_BLD = model.hidden(batch["ids"], segment_ids=segments, positions=batch["positions"])
     labels_BL = batch["labels"]
     of_model: dict[str, Any] = {
         "mesh": mesh,

@@ -39,12 +39,36 @@ def test_train_against_torch(job, tmp_path):
     assert fused["parameters"] == 400 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64
     assert cases["fused: model"]["value"] == pytest.approx(fused["value"] * fused["flops_per_token"] / 1e9)
     assert cases["clm: compile"]["value"] > 0
+    assert "torch clm: memory per device" not in cases  # a CPU's is not counted
     assert cases["clm: memory per device"]["value"] > 16 * fused["parameters"]  # parameters, gradient, two moments
+
+
+def test_train_of_any_shape_on_what_is_drawn(tmp_path, tiny_models):
+    """No stage was done, the text is nowhere: batch, tables and weights are drawn."""
+    shape = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 96, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+        "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    job = {"target": "nowhere/at-all", "sources": ["nowhere/a", "nowhere/b"], "corpus": {"path": "nowhere.jsonl"},
+           "max_length": 32, "batch": {"sequences": 2}, "output": str(tmp_path / "out")}  # fmt: skip
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    cases = measured(tmp_path, "train", tmp_path / "job.yaml", "--random", tmp_path / "config.json", "--synthetic")
+    assert {"fused", "clm", "fused: compile"} <= set(cases)
+    attention, mlp = 2 * 32 * 32 + 2 * 32 * 16 + 32 + 2 * 16, 3 * 32 * 48
+    assert cases["fused"]["parameters"] == 96 * 32 + 2 * (attention + mlp + 2 * 32) + 32
+    assert cases["fused"]["tokens"] == 64
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [("64x1", "WIDTHxLAYERSxVOCAB"), ("100x1x400", "multiple of 64"), ("64x1x8", "vocabulary of at least 352")],
+    [
+        ("64x1", "should be WIDTHxLAYERSxVOCAB, for example 320x8x32000, or a config.json"),
+        ("100x1x400", "multiple of 64"),
+        ("64x1x8", "vocabulary of at least 352"),
+    ],
 )
 def test_wrong_shapes_are_one_line(job, capsys, shape, message):
     with pytest.raises(SystemExit) as stopped:

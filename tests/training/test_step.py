@@ -47,6 +47,21 @@ def test_microbatches_equal_the_large_batch(job):
             assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_one_document_a_sequence_needs_no_segments(job):
+    config = job(batch={"sequences": 4, "packed": False, "steps": 3})
+    batches = Batches(config)
+    assert all(len(documents) <= 1 for step in range(len(batches)) for documents in batches.documents(step))
+    without, history = steps(config, 3)
+    packed = config.model_copy(update={"batch": config.batch.model_copy(update={"packed": True})})
+    trainer = training.Trainer.make(packed, 3, with_sources=True)
+    state = trainer.state
+    for step, values in enumerate(history):
+        on_mesh = sharding.put_batch(batches.batch(step), trainer.mesh)
+        state, wanted = trainer.step(state, trainer.fixed, on_mesh, trainer.tables)
+        assert_close(values, jax.device_get(wanted), rtol=1e-5, atol=1e-6)
+    assert_close(without["params"], jax.device_get(state)["params"], rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_without_a_number_leaves_everything_but_the_count(job):
     config = job(batch={"sequences": 2, "steps": 1}, optimizer={"ema": 0.9})
     trainer = training.Trainer.make(config, 1, with_sources=True)
