@@ -119,15 +119,18 @@ def _job(experiment: Experiment, own: dict[str, Any], **values: Any) -> config.C
 
 def split(experiment: Experiment) -> None:
     """Write text/{general,expert,fusion,heldout}.jsonl."""
-    paths = {name: _path(experiment, name) for name in (*experiment.general, *experiment.domains)}
     sizes = experiment.bytes
     parts = {
         experiment.general: {"general": sizes.general},
         experiment.domains: {"heldout": sizes.heldout, "fusion": sizes.fusion, "expert": sizes.expert},
     }
-    for names, splits in parts.items():
-        if all((experiment.text / f"{name}.jsonl").exists() for name in splits):
-            continue
+    missing = {
+        names: splits
+        for names, splits in parts.items()
+        if not all((experiment.text / f"{name}.jsonl").exists() for name in splits)
+    }
+    paths = {name: _path(experiment, name) for names in missing for name in names}
+    for names, splits in missing.items():
         corpora = [f"{name}={paths[name]}" for name in names]
         wanted = [f"{name}={size}" for name, size in splits.items()]
         domain_corpus.main([str(experiment.text), "--corpus", *corpora, "--split", *wanted])
