@@ -19,6 +19,12 @@ def is_local(name: str) -> bool:
     return path.exists() or not _NAME.fullmatch(name) or name.startswith(".") or in_a_folder
 
 
+def refuse_revision(folder: str | Path, revision: str | None) -> None:
+    """UserError where a local folder is asked for in a revision."""
+    if revision is not None:
+        raise UserError(f"{folder}: revision {revision!r}: a local folder has none; leave revision out")
+
+
 def require_reachable(name: str, what: str) -> None:
     """UserError, within seconds, where `what` of `name` would have to come from a hub that cannot be reached.
 

@@ -71,7 +71,7 @@ def _check_attention(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh
 def check_model(model: ModelConfig) -> None:
     """UserError where a model cannot be loaded, names or shapes do not match, or the tokenizer is not the model's."""
     if hub.is_local(model.model):
-        folder = files.local_folder(model.model)
+        folder = files.local_folder(model.model, model.revision)
         _refuse_missing(model.model, folder)
         _check_weights(folder)
         _check_tokenizer(tokenizers.for_model(model), folder, model.model)

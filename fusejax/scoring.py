@@ -21,6 +21,7 @@ from fusejax.errors import UserError
 from fusejax.kernels.placement import Placement
 from fusejax.kernels.sample_unembed import sample_unembed
 from fusejax.kernels.topk_unembed import Implementation, topk_unembed
+from fusejax.models.config import check_ids
 from fusejax.tokenizers import Tokenizer
 
 _AHEAD = 2  # batches that the device has queued while the host works on an earlier one
@@ -214,6 +215,7 @@ class Scorer:
         self._max_length, self._mesh = max_length, mesh
         self._row_multiple = sharding.batch_shards(mesh)
         structure, self._state = nnx.split(model)
+        self._known: int = model.config.vocab_size
         self._program = program(
             structure, k=k, vocab_size=vocab_size, mesh=mesh, draws=draws, implementation=implementation
         )
@@ -236,11 +238,15 @@ class Scorer:
         """The same over groups of documents, without a pause of the device in between.
 
         Yields (name, places in the group, scores). Batches never mix groups, so that a document's result does not
-        depend on which other groups there are; a group's last batch comes before the next group's first.
+        depend on which other groups there are; a group's last batch comes before the next group's first. Raises
+        UserError for a token id that the model does not know.
         """
         running: deque[tuple[Any, Batch, Any, np.ndarray]] = deque()
         for group in groups:
             lengths = np.array([len(line) for line in group.inputs], np.int64)
+            for number, (line, labels) in enumerate(zip(group.inputs, group.labels, strict=True), group.first):
+                check_ids(line, self._known, f"document {number}")
+                check_ids(np.maximum(labels, 0), self._known, f"document {number}")  # -1: nothing to predict
             for batch in plan(lengths, self._max_length, self.batch_tokens, self._row_multiple):
                 running.append((group.name, batch, self._start(batch, group), lengths))
                 if len(running) > _AHEAD:

@@ -22,6 +22,8 @@ def _load(model: str, revision: str | None) -> Any:
     local = hub.is_local(model)
     if local and not Path(model).expanduser().is_dir():
         raise UserError(f"{model}: no such model folder")
+    if local:
+        hub.refuse_revision(model, revision)
     name = str(Path(model).expanduser()) if local else model
     raw = _raw_sentencepiece(name, revision)
     if raw is not None:

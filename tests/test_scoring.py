@@ -19,6 +19,7 @@ V, D = 50, 8
 class Settings:
     """What a scorer asks of a model's configuration."""
 
+    vocab_size: int = V
     logit_softcap: float | None = None
 
 
@@ -78,6 +79,12 @@ def test_equals_one_document_after_another(vocab_size):
         np.testing.assert_allclose(scores.logprobs, np.take_along_axis(expected, order, 1), atol=1e-5)
         ce = np.where(labels[i] >= 0, -expected[np.arange(len(labels[i])), labels[i]], 0)
         np.testing.assert_allclose(scores.ce, ce, atol=1e-5)
+
+
+@pytest.mark.parametrize(("line", "label", "wrong"), [([3, V], [4, 5], V), ([3, 4], [-1, V + 1], V + 1)])
+def test_ids_that_the_model_does_not_know(line, label, wrong):
+    with pytest.raises(UserError, match=f"^document 1: token id {wrong} is none of the model's: 0 to {V - 1}"):
+        collect(scorer(RunningMean()), [np.array([1]), np.array(line)], [np.array([2]), np.array(label)])
 
 
 def test_a_broken_document_leaves_its_batch_alone():

@@ -1,7 +1,12 @@
 """What a decoder computes, whatever its family calls it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+
+from fusejax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,3 +92,11 @@ class DecoderConfig:
     def has_window(self) -> tuple[bool, ...]:
         """Which layers have the window."""
         return self.window_layers or (self.window is not None,) * self.n_layers
+
+
+def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int, where: str) -> None:
+    """UserError, naming the id, unless each is one of the vocabulary: on a device a wrong one passes unnoticed."""
+    ids = np.asarray(ids)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise UserError(f"{where}: token id {wrong[0]} is none of the model's: 0 to {vocab_size - 1}")

@@ -21,7 +21,7 @@ from fusejax import sharding
 from fusejax.config import AttentionBackend, Remat
 from fusejax.models import attention, rope
 from fusejax.models.attention import Backend
-from fusejax.models.config import DecoderConfig
+from fusejax.models.config import DecoderConfig, check_ids
 from fusejax.models.layers import Axes, Block, Context, KeysValues, Layer, Linear, Norm, declare
 
 # What the backward pass does not compute again; `none` computes nothing again.
@@ -102,11 +102,14 @@ class Decoder(nnx.Module):
         """The states that logits are made of, [B, L, H] in `compute_dtype`.
 
         H is D, but for the families with an embedding of another width (that) or a bias of the logits (D + 1, the
-        last feature being 1). ids_BL: int32, each below `config.vocab_size`. segment_ids: int32 [B, L], 0 for padding,
+        last feature being 1). ids_BL: int32, each below `config.vocab_size` (UserError for NumPy's arrays, outside of
+        jit, where one is not). segment_ids: int32 [B, L], 0 for padding,
         1.. for the documents of a row, each of which sees itself only; default: one document. positions: int32 [B, L];
         default: counted from the beginning of each run of equal segment ids. Positions beyond a table of learned
         positions give NaN.
         """
+        if isinstance(ids_BL, np.ndarray):
+            check_ids(ids_BL, self.config.vocab_size, "ids")
         if positions is None:
             one_document = jnp.ones(ids_BL.shape, jnp.int32)
             positions = attention.segment_positions(one_document if segment_ids is None else segment_ids)

@@ -52,10 +52,11 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None, weights:
     """The folder of a model: a local one as it is, a hub name after downloading what is needed of it.
 
     The hub's cache, mirror and token are set by huggingface_hub's own environment variables. Raises UserError for
-    a missing folder and for a hub that cannot be reached or does not have the model.
+    a missing folder, for a revision of a local one, and for a hub that cannot be reached or does not have the model.
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
+        hub.refuse_revision(path, revision)
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; a model is a folder with config.json and model.safetensors")

@@ -22,8 +22,10 @@ from flax import nnx
 
 from fusejax.errors import UserError
 from fusejax.models import files
+from fusejax.models.config import check_ids
 from fusejax.models.decoder import Cache, Decoder
 from fusejax.models.texts import TextStream
+from fusejax.progress import warn
 from fusejax.tokenizers import Tokenizer
 
 
@@ -127,8 +129,8 @@ def tokens(
     """The tokens that follow each prompt, one for every prompt at a time: int32 [B], `max_tokens` times.
 
     prompts: token ids, at least one each. vocab_size: only ids below it are chosen (a padded embedding has more rows).
-    A token is computed while the one before it is looked at. Raises UserError for an empty prompt, where a model's
-    table of positions ends before the last token, and where its values are not numbers.
+    A token is computed while the one before it is looked at. Raises UserError for an empty prompt, a token id that the
+    model does not know, where its table of positions ends before the last token, and where its values are not numbers.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens: {max_tokens} should be a whole number above 0")
@@ -147,6 +149,8 @@ def tokens(
     ids_BP = np.zeros((len(prompts), longest), np.int32)
     segments_BP = np.zeros_like(ids_BP)
     for row, prompt in enumerate(prompts):
+        where = "prompt" if len(prompts) == 1 else f"prompt {row + 1}"
+        check_ids(prompt, model.config.vocab_size, where)
         ids_BP[row, longest - len(prompt) :] = prompt
         segments_BP[row, longest - len(prompt) :] = 1
     choice = None
@@ -171,13 +175,22 @@ def _numbers(tokens_B: jax.Array) -> np.ndarray:
     return tokens
 
 
-def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's EOS."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            found = files.read_json(folder / name).get("eos_token_id")
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
+def eos_ids(folder: Path, tokenizer: Tokenizer, rows: int) -> frozenset[int]:
+    """The tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's EOS.
+
+    rows: of the model's embedding; an id that is no token, so that no text can end with it, is a warning.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        found = files.read_json(path).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+                raise UserError(f"{path}: eos_token_id: {found!r} should be a token id, or a list of them")
+            known = min(rows, tokenizer.vocab_size)
+            for i in ids:
+                if not 0 <= i < known:
+                    warn(f"{path}: eos_token_id: {i} is none of the model's {known} tokens; no text ends with it")
+            return frozenset(ids)
     return frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
 
 
@@ -200,7 +213,8 @@ class Generator:
 
         folder = files.local_folder(path_or_repo, revision)
         tokenizer = Tokenizer.load(str(folder), split_special=False)
-        return cls(models.load(folder, **options), tokenizer, eos_ids(folder, tokenizer))
+        model = models.load(folder, **options)
+        return cls(model, tokenizer, eos_ids(folder, tokenizer, model.config.vocab_size))
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """Reading a config.json: every mistake is one line that names the file, the key and its value."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fusejax.errors import UserError
@@ -87,13 +88,28 @@ class Keys:
         raise UserError(f"{self.where}: {key}: {value!r} is not supported; supported: {known}")
 
     def optional(self, key: str, default: float | None) -> float | None:
-        """A number, or None where the key is null; a whole one stays whole."""
+        """A number above 0, or None where the key is null; a whole one stays whole."""
         if key in self.values and self.values[key] is None:
             return None
         if default is None and self.get(key) is None:
             return None
-        value = self.number(key, default or 0.0)
+        value = self.positive(key, default or 0.0)
         return int(value) if value.is_integer() else value
+
+    def window(self, key: str, default: int | None) -> int | None:
+        """A whole number above 0, or None where the key is null."""
+        return None if self.optional(key, default) is None else self.size(key, default)
+
+    def under_own_names(self, synonyms: Mapping[str, str]) -> "Keys":
+        """These keys, each synonym (a key of `synonyms`) under the name that the family reads."""
+        found = {}
+        for other, name in synonyms.items():
+            value, own = self.get(other), self.get(name)
+            if value is not None and own is not None and value != own:
+                self.refuse(other, value, f"{own!r}, the same as {name}")
+            if value is not None:
+                found[name] = value
+        return self.replaced(**found)
 
     def replaced(self, **values: Any) -> "Keys":
         """These keys with other values, or with one that is missing."""
@@ -148,9 +164,11 @@ def _rope_scaling(keys: Keys, rotary_dim: int, max_length: int, original: Any) -
         keys.refuse("rope_type", kind, "default, linear, dynamic, yarn, llama3, longrope")
     if kind in ("linear", "dynamic"):
         original = max_length
+    if kind == "dynamic" and rotary_dim == 2:
+        keys.refuse("rope_type", kind, "dynamic where more than 2 features of a head are rotated")
     length = max_length if original is None else original
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise UserError(f"{keys.where}: original_max_position_embeddings: {length!r} should be a whole number above 0")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise UserError(f"{keys.where}: original_max_position_embeddings: {length!r} should be a whole number above 1")
     if kind not in ("yarn", "longrope") and keys.get("factor") is None:
         raise UserError(f"{keys.where}: the key factor is missing")
     factor = keys.positive("factor", max_length / length)
@@ -159,7 +177,9 @@ def _rope_scaling(keys: Keys, rotary_dim: int, max_length: int, original: Any) -
         for key in ("low_freq_factor", "high_freq_factor"):
             if keys.get(key) is None:
                 raise UserError(f"{keys.where}: the key {key} is missing")
-            values[key] = keys.number(key, 0.0)
+            values[key] = keys.positive(key, 0.0)
+        if values["high_freq_factor"] <= values["low_freq_factor"]:
+            keys.refuse("high_freq_factor", values["high_freq_factor"], "a number above low_freq_factor")
     if kind == "yarn":
         values |= {"beta_fast": keys.number("beta_fast", 32.0), "beta_slow": keys.number("beta_slow", 1.0)}
         values |= {"truncate": keys.flag("truncate", True), "attention_factor": _yarn_attention(keys, factor)}

@@ -231,10 +231,11 @@ def test_greedy_soup_keeps_what_helps(three, tmp_path, capsys):
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_greedy_soup_tells_revisions_of_one_model_apart(three, tmp_path, capsys):
+def test_greedy_soup_tells_revisions_of_one_model_apart(three, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fusejax.hub.refuse_revision", lambda *_: None)  # as if the folder were a hub name
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text(json.dumps({"text": "The cat sat on the mat."}) + "\n")
-    given = [three[0], {"model": three[0], "revision": "v2"}]  # of a folder it changes nothing
+    given = [three[0], {"model": three[0], "revision": "v2"}]
     folder = merge(tmp_path, method="greedy_soup", models=given, corpus={"path": str(heldout)}, max_length=64)
     steps = json.loads((folder / "fusejax.json").read_text())["steps"]
     assert [step["model"] for step in steps] == [three[0], f"{three[0]} (revision v2)"]

@@ -4,6 +4,7 @@ import pytest
 
 from fusejax import models
 from fusejax.errors import UserError
+from fusejax.models import families
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=50, hidden_size=8, intermediate_size=12,
@@ -61,6 +62,14 @@ def test_published_configurations():
     )  # fmt: skip
     assert models.count_parameters(pythia) == 70_426_624
     assert pythia.rotary_dim == 16
+    bloom = models.decoder_config(  # names of three generations side by side
+        dict(
+            architectures=["BloomForCausalLM"], model_type="bloom", n_embed=1024, n_layer=24, num_attention_heads=16,
+            n_inner=None, seq_length=2048, vocab_size=250880, pretraining_tp=1, offset_alibi=100,
+        )
+    )  # fmt: skip
+    assert models.count_parameters(bloom) == 559_214_592
+    assert (bloom.n_heads, bloom.head_dim) == (16, 64)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +93,7 @@ def test_published_configurations():
         ),
         (
             LLAMA | dict(rope_scaling=dict(rope_type="yarn", factor=2, original_max_position_embeddings="8")),
-            "original_max_position_embeddings: '8' should be a whole number",
+            "original_max_position_embeddings: '8' should be a whole number above 1",
         ),
         (LLAMA | dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor: 0.5 is not"),
         (LLAMA | dict(rope_parameters=dict(full_attention={})), "rope_parameters: full_attention: {} is not"),
@@ -103,9 +112,28 @@ def test_published_configurations():
         (LLAMA | dict(architectures="LlamaForCausalLM"), "architectures: 'LlamaForCausalLM' should be a list"),
         (LLAMA | dict(rope_parameters=3), "rope_parameters: 3 should be a section"),
         (LLAMA | dict(quantization_config=dict(bits=4)), "quantization_config: .* is not supported"),
+        (LLAMA | dict(is_causal=False), "is_causal: False is not supported for LlamaForCausalLM; supported: True"),
+        (
+            LLAMA | dict(rope_scaling=dict(rope_type="llama3", factor=2, low_freq_factor=2, high_freq_factor=1)),
+            "high_freq_factor: 1.0 is not supported .* a number above low_freq_factor",
+        ),
+        (
+            LLAMA | dict(head_dim=2, rope_scaling=dict(type="dynamic", factor=2)),
+            "rope_type: 'dynamic' is not .* more than 2 features",
+        ),
+        (
+            LLAMA | dict(rope_scaling=dict(rope_type="yarn", factor=2, original_max_position_embeddings=1)),
+            "original_max_position_embeddings: 1 should be a whole number above 1",
+        ),
         (MPT | dict(attn_config=dict(alibi=False)), "attn_config: alibi: False is not supported for MptForCausalLM"),
         (MPT | dict(attn_config=dict(attn_type="multiquery_attention")), "attn_type: 'multiquery_attention' is not"),
         (MPT | dict(attn_config=dict(prefix_lm=True)), "prefix_lm: True is not"),
+        (MPT | dict(attn_config=dict(alibi_bias_max=0)), "attn_config: alibi_bias_max: 0.0 should be a number above 0"),
+        (MPT | dict(attn_config=dict(rope=True)), "attn_config: rope: True is not .* supported: False"),
+        (MPT | dict(attn_config=dict(kv_n_heads=1)), "attn_config: kv_n_heads: 1 is not .* supported: 2"),
+        (MPT | dict(attn_config=dict(sliding_window_size=9)), "attn_config: sliding_window_size: 9 is not .*: -1"),
+        (MPT | dict(head_dim=8), "head_dim: 8 is not supported for MptForCausalLM; supported: 4"),
+        (NEOX | dict(head_dim=8), "head_dim: 8 is not supported for GPTNeoXForCausalLM; supported: 4"),
         (MPT | dict(norm_type="rmsnorm"), "norm_type: 'rmsnorm' is not"),
         (MPT | dict(logit_scale="inv_sqrt_d_model"), "logit_scale: 'inv_sqrt_d_model' is not .* supported: null"),
         (MPT | dict(tie_word_embeddings=False), "tie_word_embeddings: False is not"),
@@ -154,7 +182,18 @@ GEMMA = LLAMA | dict(head_dim=4, num_key_value_heads=2)
         ("GPTJForCausalLM", dict(n_embd=8, n_head=2, rotary_dim=6), "rotary_dim: 6 is not .* at most each head's 4"),
         ("GPTJForCausalLM", dict(n_embd=8, n_head=2, rotary_dim=3), "rotary_dim: 3 is not .* an even number"),
         ("OPTForCausalLM", dict(word_embed_proj_dim=-1), "word_embed_proj_dim: -1 should be a whole number above 0"),
-        ("BloomForCausalLM", dict(hidden_size=9), "a width of 9 does not divide into 8 attention heads"),
+        ("BloomForCausalLM", dict(hidden_size=9), "a width of 9 does not divide into 2 attention heads"),
+        ("BloomForCausalLM", dict(n_embed=16), "n_embed: 16 is not supported .* 8, the same as hidden_size"),
+        ("GPT2LMHeadModel", dict(n_head=4), "num_attention_heads: 2 is not .* supported: 4, the same as n_head"),
+        ("MistralForCausalLM", dict(sliding_window=0), "sliding_window: 0.0 should be a number above 0"),
+        ("MistralForCausalLM", dict(sliding_window=2.5), "sliding_window: 2.5 should be a whole number above 0"),
+        ("Gemma2ForCausalLM", dict(attn_logit_softcapping=0), "attn_logit_softcapping: 0.0 should be a number above 0"),
+        (
+            "Gemma3ForCausalLM",
+            dict(rope_parameters=dict(rope_type="default", rope_theta=5.0)),
+            "rope_parameters: .* one set for full_attention and one for sliding_attention",
+        ),
+        ("Gemma3ForCausalLM", dict(rope_scaling=dict(type="linear", factor=2)), "rope_scaling: type: 'linear' is not"),
         (
             "FalconForCausalLM",
             dict(num_kv_heads=1, multi_query=False),
@@ -182,3 +221,47 @@ def test_a_family_cannot_express_another():
         models.hf_config(llama, "mpt")
     with pytest.raises(UserError, match="norm: LlamaForCausalLM cannot express 'layer'"):
         models.hf_config(dataclasses.replace(llama, parallel_residual=True, norm="layer"), "llama")
+
+
+# Keys that change nothing about what a causal model computes when it does not train.
+NEUTRAL = {
+    *("architectures", "model_type", "transformers_version", "_name_or_path", "dtype", "id2label", "label2id"),
+    *("problem_type", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "is_encoder_decoder", "is_decoder", "chunk_size_feed_forward"),
+    *("attention_dropout", "attn_pdrop", "classifier_dropout", "dropout", "emb_pdrop", "embd_pdrop", "hidden_dropout"),
+    *("layerdrop", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "embedding_fraction", "init_device"),
+    *("attn_impl", "attn_uses_sequence_id"),
+    *("pretraining_tp", "slow_but_exact", "reorder_and_upcast_attn"),  # the same sums in another order
+    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    "_sliding_window_pattern",  # made from sliding_window_pattern, never read from a file
+    "learned_pos_emb",  # a table only where there is no ALiBi, which is refused
+}
+
+
+class Recorded(dict):
+    """A config.json that notes which of its keys are looked at."""
+
+    def __init__(self, values, seen):
+        super().__init__({key: Recorded(v, seen) if isinstance(v, dict) else v for key, v in values.items()})
+        self.seen = seen
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.seen.add(key)
+        return super().__contains__(key)
+
+    def __or__(self, other):
+        return Recorded(dict(self) | other, self.seen)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.model_type)
+def test_every_key_of_transformers_is_read_or_neutral(family):
+    """A switch that a newer transformers adds must not be passed over."""
+    transformers = pytest.importorskip("transformers")
+    values = transformers.CONFIG_MAPPING[family.model_type]().to_dict() | {"architectures": [family.architecture]}
+    models.decoder_config(recorded := Recorded(values, set()))
+    inside = {key for name in ("attn_config", "rope_parameters") for key in values.get(name) or {}}
+    assert (values.keys() | inside) - recorded.seen - NEUTRAL == set()

@@ -239,13 +239,42 @@ def test_generate_from_a_folder(tiny_models, tmp_path):
     assert list(pieces.values()) == wanted
 
 
-def test_which_tokens_end(tmp_path):
-    tokenizer = type("T", (), {"eos_id": 7})()
-    assert generate.eos_ids(tmp_path, tokenizer) == {7}
+def test_which_tokens_end(tmp_path, capsys):
+    tokenizer = type("T", (), {"eos_id": 7, "vocab_size": 9})()
+    assert generate.eos_ids(tmp_path, tokenizer, rows=12) == {7}
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert generate.eos_ids(tmp_path, tokenizer) == {5}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
-    assert generate.eos_ids(tmp_path, tokenizer) == {2, 3}
+    assert generate.eos_ids(tmp_path, tokenizer, rows=12) == {5}
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 3]}))
+    assert generate.eos_ids(tmp_path, tokenizer, rows=12) == {2, 3}
+    assert capsys.readouterr().err == ""
+    path.write_text(json.dumps({"eos_token_id": [2, 10]}))
+    assert 2 in generate.eos_ids(tmp_path, tokenizer, rows=12)
+    wanted = f"warning: {path}: eos_token_id: 10 is none of the model's 9 tokens; no text ends with it\n"
+    assert capsys.readouterr().err == wanted
+    path.write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(UserError, match="eos_token_id: '</s>' should be a token id, or a list of them"):
+        generate.eos_ids(tmp_path, tokenizer, rows=12)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1, 40]], "^prompt: token id 40 is none of the model's: 0 to 39"),
+        ([[1], [-1, 2]], "^prompt 2: token id -1 is"),
+    ],
+)
+def test_ids_that_the_model_does_not_know(prompts, message):
+    with pytest.raises(UserError, match=message):
+        next(generate.tokens(models.init(LLAMA, 0), prompts, 3))
+    with pytest.raises(UserError, match=r"^ids: token id"):
+        models.init(LLAMA, 0)(np.array(prompts[-1:]))
+
+
+def test_a_local_folder_has_no_revision(tiny_models):
+    for load in (Generator.load, models.load, models.read_config, Tokenizer.load):
+        with pytest.raises(UserError, match="revision 'v1': a local folder has none; leave revision out"):
+            load(tiny_models["coarse"], revision="v1")
 
 
 def test_special_tokens_in_prompts(tiny_models):

@@ -51,6 +51,7 @@ def decoder_config(hf_config: dict[str, Any], where: str = "config.json") -> Dec
     family = find(hf_config, where)
     keys = Keys(hf_config, where, family.architecture)
     keys.only("quantization_config")
+    keys.only("is_causal", True)
     return family.read(keys)
 
 

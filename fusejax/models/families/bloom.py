@@ -8,8 +8,8 @@ from fusejax.models.keys import Keys
 
 
 def _derive(keys: Keys, values: Values) -> Values:
-    d_model = keys.size("hidden_size", keys.size("n_embed", 64))  # the older name is in the first releases
-    return {"d_model": d_model, "d_mlp": 4 * d_model, "head_dim": keys.heads(d_model, values["n_heads"])}
+    d_model = values["d_model"]
+    return {"d_mlp": 4 * d_model, "head_dim": keys.heads(d_model, values["n_heads"])}
 
 
 def _tensors(c: DecoderConfig, prefix: str = "transformer.") -> Iterator[Tensor]:
@@ -30,6 +30,7 @@ BLOOM = Family(
     "bloom",
     (
         Key("vocab_size", "vocab_size", default=250880),
+        Key("hidden_size", "d_model", default=64),
         Key("n_layer", "n_layers", default=2),
         Key("n_head", "n_heads", default=8),
         Key("seq_length", "max_length", default=2048),  # no end to its positions; transformers reads no such key
@@ -44,6 +45,7 @@ BLOOM = Family(
         **{"norm": "layer", "activation": "gelu_tanh", "gated_mlp": False, "alibi_bias_max": 8.0},
     },
     derive=_derive,
-    write=lambda c: {"hidden_size": c.d_model},
+    # Most of the published configurations have some of these.
+    synonyms={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
     other_tensors=lambda c: _tensors(c, prefix=""),  # the first releases
 )

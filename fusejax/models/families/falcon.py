@@ -94,4 +94,5 @@ FALCON = Family(
     fixed={"norm": "layer", "norm_bias": True, "gated_mlp": False},
     derive=_derive,
     write=_write,
+    synonyms={"n_embed": "hidden_size"},
 )

@@ -36,8 +36,8 @@ def _scaled(values: Values) -> Values:
 
 def _derive_gemma(keys: Keys, values: Values) -> Values:
     # The first releases say `gelu` and mean its approximation.
-    activation = "gelu_tanh" if values["activation"] == "gelu" else values["activation"]
-    return rotary(keys, values) | _scaled(values) | {"activation": activation}
+    means_tanh = {"activation": "gelu_tanh"} if keys.get("hidden_act") == "gelu" else {}
+    return rotary(keys, values) | _scaled(values) | means_tanh
 
 
 GEMMA = Family(
@@ -88,7 +88,7 @@ GEMMA2 = Family(
     "gemma2",
     (
         *_keys(256000, 8192, "hidden_activation"),
-        Key("sliding_window", "window", "optional", 4096),
+        Key("sliding_window", "window", "window", 4096),
         Key("attn_logit_softcapping", "attention_softcap", "optional", 50.0),
         Key("final_logit_softcapping", "logit_softcap", "optional", 30.0),
     ),
@@ -104,12 +104,17 @@ def _derive_gemma3(keys: Keys, values: Values) -> Values:
     pattern = keys.size("sliding_window_pattern", 6)
     rest = windows(keys, values, lambda i: (i + 1) % pattern != 0)
     window_theta = keys.positive("rope_local_base_freq", 10000.0)
-    nested = keys.inside("rope_parameters")
-    if set(nested.values) & {"full_attention", "sliding_attention"}:
-        local = nested.inside("sliding_attention")
-        local.only("rope_type", "default")
-        window_theta = local.positive("rope_theta", window_theta)
-        keys = keys.replaced(rope_parameters=nested.get("full_attention"))
+    nested, scaling = keys.inside("rope_parameters"), keys.inside("rope_scaling")
+    # transformers' class reads neither of these, and would run another model than the file describes.
+    if nested.values and not nested.values.keys() <= {"full_attention", "sliding_attention"}:
+        keys.refuse("rope_parameters", nested.values, "one set for full_attention and one for sliding_attention")
+    if "rope_type" not in scaling.values:
+        scaling.only("type", "default")
+    local, own = nested.inside("sliding_attention"), nested.inside("full_attention")
+    local.only("rope_type", "default")
+    window_theta = local.positive("rope_theta", window_theta)
+    both = own.values | scaling.values
+    keys = keys.replaced(rope_parameters=both, rope_scaling=both if scaling.values else None)
     rope = rotary(keys, values, theta=1e6)
     has_window = rest.get("window", values["window"]) is not None
     theta = {"rope_theta_window": window_theta if has_window else None}
@@ -128,7 +133,7 @@ GEMMA3 = Family(
     "gemma3_text",
     (
         *_keys(262208, 131072, "hidden_activation"),
-        Key("sliding_window", "window", "optional", 4096),
+        Key("sliding_window", "window", "window", 4096),
         Key("final_logit_softcapping", "logit_softcap", "optional", None),
     ),
     _tensors,

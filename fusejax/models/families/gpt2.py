@@ -7,6 +7,13 @@ from fusejax.models.config import DecoderConfig
 from fusejax.models.families.table import Family, Key, Tensor, Values, embeddings, fused_qkv, linear, norm
 from fusejax.models.keys import Keys
 
+SYNONYMS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+
 
 def _derive(keys: Keys, values: Values) -> Values:
     scaled = keys.flag("scale_attn_weights", True)
@@ -60,5 +67,6 @@ GPT2 = Family(
     derive=_derive,
     write=_write,
     other_tensors=lambda c: _tensors(c, prefix=""),  # the first releases
+    synonyms=SYNONYMS,
     ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
 )

@@ -4,6 +4,7 @@ in parallel on one norm, a bias of the logits."""
 from collections.abc import Iterator
 
 from fusejax.models.config import DecoderConfig
+from fusejax.models.families.gpt2 import SYNONYMS
 from fusejax.models.families.table import Family, Key, Tensor, Values, embeddings, linear, norm
 from fusejax.models.keys import Keys
 
@@ -50,5 +51,6 @@ GPTJ = Family(
         **{"norm": "layer", "gated_mlp": False, "parallel_residual": True, "shared_norm": True},
     },
     derive=_derive,
+    synonyms=SYNONYMS,
     ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)",),
 )

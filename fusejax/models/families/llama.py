@@ -87,7 +87,7 @@ MISTRAL = Family(
         *COMMON,
         Key("num_key_value_heads", "n_kv_heads", default=8),
         Key("max_position_embeddings", "max_length", default=4096 * 32),
-        Key("sliding_window", "window", "optional", 4096),
+        Key("sliding_window", "window", "window", 4096),
         Key("tie_word_embeddings", "tied", "flag", False),
     ),
     tensors,
@@ -131,7 +131,7 @@ MIXTRAL = Family(
         Key("rms_norm_eps", "norm_eps", "positive", 1e-5),
         Key("num_key_value_heads", "n_kv_heads", default=8),
         Key("max_position_embeddings", "max_length", default=4096 * 32),
-        Key("sliding_window", "window", "optional", None),
+        Key("sliding_window", "window", "window", None),
         Key("num_local_experts", "n_experts", default=8),
         Key("num_experts_per_tok", "experts_per_token", default=2),
         Key("tie_word_embeddings", "tied", "flag", False),
@@ -141,6 +141,7 @@ MIXTRAL = Family(
     write=_write,
     other_tensors=lambda c: _mixtral_tensors(c, stacked=True),
     ignored=ROTARY_BUFFERS,
+    synonyms={"num_experts": "num_local_experts"},
 )
 
 
@@ -151,7 +152,7 @@ _QWEN = (
     Key("vocab_size", "vocab_size", default=151936),
     *COMMON,
     Key("max_position_embeddings", "max_length", default=32768),
-    Key("sliding_window", "window", "optional", 4096),
+    Key("sliding_window", "window", "window", 4096),
     Key("tie_word_embeddings", "tied", "flag", False),
 )
 

@@ -13,6 +13,11 @@ def _derive(keys: Keys, values: Values) -> Values:
     attention.only("attn_type", "multihead_attention")
     attention.only("prefix_lm", False)
     attention.only("alibi", True)
+    # The published code's newer switches, which transformers' class does not have.
+    attention.only("rope", False)
+    attention.only("qk_gn", False)
+    attention.only("kv_n_heads", values["n_heads"])
+    attention.only("sliding_window_size", -1)
     for key in ("ffn_config", "fc_type"):
         value = keys.get(key)
         name = value.get("ffn_type" if key == "ffn_config" else "name") if isinstance(value, dict) else value
@@ -23,8 +28,8 @@ def _derive(keys: Keys, values: Values) -> Values:
         **dict.fromkeys(("norm_bias", "qkv_bias", "out_bias", "mlp_bias"), bias),
         "head_dim": keys.heads(values["d_model"], values["n_heads"]),
         "d_mlp": values["d_model"] * keys.size("expansion_ratio", 4),
-        "alibi_bias_max": attention.number("alibi_bias_max", 8.0),
-        "attention_scale": attention.number("softmax_scale", 0.0) or None,
+        "alibi_bias_max": attention.positive("alibi_bias_max", 8.0),
+        "attention_scale": attention.optional("softmax_scale", None),
         "qk_norm": "all_heads" if attention.flag("qk_ln", False) else None,
         "clip_qkv": attention.number("clip_qkv", 0.0) or None,
     }
@@ -92,10 +97,13 @@ MPT = Family(
     only={
         "norm_type": ("low_precision_layernorm", "layernorm"),
         "logit_scale": (),
+        "block_overrides": (),
+        "norm_eps": (1e-5,),
         "tie_word_embeddings": (True,),
     },
     derive=_derive,
     write=_write,
     aliases=("MPTForCausalLM",),
+    synonyms={"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"},
     unknown_to_transformers=_beyond_transformers,
 )

@@ -55,7 +55,7 @@ PHI3 = Family(
         Key("max_position_embeddings", "max_length", default=4096),
         Key("hidden_act", "activation", "activation", "silu"),
         Key("rms_norm_eps", "norm_eps", "positive", 1e-5),
-        Key("sliding_window", "window", "optional", None),
+        Key("sliding_window", "window", "window", None),
         Key("tie_word_embeddings", "tied", "flag", False),
         Key("initializer_range", "initializer_std", "number", 0.02),
     ),

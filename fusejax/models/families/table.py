@@ -14,13 +14,14 @@ Values = dict[str, Any]  # fields of a DecoderConfig
 class Key:
     """A key of config.json and the fields of a `DecoderConfig` that have its value.
 
-    kind: `size` (a whole number above 0), `number`, `flag`, `activation`, or `optional` (a number, or null for None).
+    kind: `size` (a whole number above 0), `number`, `positive`, `flag`, `activation`, or, with null for None,
+    `optional` (a number above 0) and `window` (a whole one).
     default: what a missing key means, or a function of the fields read before; a `size` without one must be there.
     """
 
     name: str
     fields: str | tuple[str, ...]
-    kind: Literal["size", "number", "positive", "flag", "activation", "optional"] = "size"
+    kind: Literal["size", "number", "positive", "flag", "activation", "optional", "window"] = "size"
     default: Any = None
 
     def read(self, keys: Keys, values: Values) -> Any:
@@ -69,11 +70,13 @@ class Family:
     other_tensors: Callable[[DecoderConfig], Iterator[Tensor]] | None = None  # another layout of published checkpoints
     ignored: tuple[str, ...] = ()  # regular expressions: tensors that hold no parameter (buffers)
     aliases: tuple[str, ...] = ()  # other names of the architecture
+    synonyms: Mapping[str, str] = field(default_factory=dict)  # other names of keys that transformers reads too
     # Switches of ours that transformers' own class of this family silently leaves out.
     unknown_to_transformers: Callable[[DecoderConfig], list[str]] = lambda config: []
 
     def read(self, keys: Keys) -> DecoderConfig:
         """The configuration; UserError, naming key and value, for what is not implemented."""
+        keys = keys.under_own_names(self.synonyms)
         for name, supported in self.only.items():
             keys.only(name, *supported)
         values: Values = dict(self.fixed)
@@ -83,6 +86,8 @@ class Family:
         values |= self.derive(keys, values)
         if values["n_heads"] % values.setdefault("n_kv_heads", values["n_heads"]):
             keys.refuse("num_key_value_heads", values["n_kv_heads"], f"a divisor of {values['n_heads']} heads")
+        if keys.get("head_dim") not in (None, values["head_dim"]):
+            keys.refuse("head_dim", keys.get("head_dim"), str(values["head_dim"]))
         if values.get("rotary_dim", 0) % 2:
             keys.refuse("rotary_dim", values["rotary_dim"], "an even number of rotated features")
         return DecoderConfig(**values)
