@@ -155,17 +155,22 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an 
 
 
 @needs_gpu
-@pytest.mark.parametrize("length", [130, 1024])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (8, 2, 128), (6, 1, 64)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "length"), [(4, 4, 64, 1024), (8, 2, 128, 130), (6, 1, 64, 520)]
+)
 @pytest.mark.parametrize("window", [None, 7, 200])
-def test_cudnn_on_a_gpu(window, heads, kv_heads, width, length):
+def test_cudnn_on_a_gpu(window, heads, kv_heads, width, length, packed):
     """In bfloat16 as near to float32 as `xla` in bfloat16 is: values, and gradients of queries, keys and values."""
-    rng, alone = np.random.default_rng(0), Tokens.of(jnp.arange(length)[None])
+    rng, tokens = np.random.default_rng(0), Tokens.of(jnp.arange(length)[None])
+    if packed:
+        segments = jnp.asarray(np.repeat([[1, 2, 0], [0, 1, 2]], [length - 60, 40, 20], axis=1))
+        tokens = Tokens.of(attention.segment_positions(segments), segments)
     query, key, value, weights = (rng.normal(size=(2, length, n, width)) for n in (heads, kv_heads, kv_heads, heads))
 
     def results(name, dtype):
         def loss(*args):
-            mixed = attention.attend(*args, alone, alone, Features(width**-0.5, window), Backend(name))
+            mixed = attention.attend(*args, tokens, tokens, Features(width**-0.5, window), Backend(name))
             return (mixed.astype(jnp.float32) * weights).sum(), mixed
 
         arrays = (jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (query, key, value))
