@@ -10,6 +10,7 @@ OUTPUT/logs/process-I.log. A process that dies ends the others within `distribut
 """
 
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -253,30 +254,42 @@ def find_lost(error: Exception) -> Resumable | None:
     return None
 
 
-def alone(name: str, work: Callable[[], None]) -> None:
-    """`work` in process 0 alone; all others wait until it is done. If it fails, so do they, with a line."""
+def alone(name: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns (as JSON has it) in process 0, which alone does it; the others wait until it is done.
+
+    If it fails, so do they, with a line.
+    """
     if jax.process_count() == 1:
-        work()
-        return
-    outcome = "done"
+        return work()
+    if jax.process_index() > 0:
+        outcome = json.loads(tell(name, ""))
+        if "failed" in outcome:
+            _parting(name)
+            raise UserError(outcome["failed"])
+        return outcome["result"]
     try:
-        if jax.process_index() == 0:
-            work()
+        result = work()
     except BaseException as error:
         line = str(error).partition("\n")[0]
-        outcome = f"{name}: process 0 failed: {line}"
+        tell(name, json.dumps({"failed": f"{name}: process 0 failed: {line}"}))
+        _parting(name)
+        time.sleep(1)
         raise
-    finally:
-        outcome = tell(name, outcome)
-    if outcome != "done" and jax.process_index() > 0:
-        raise UserError(outcome)
+    tell(name, json.dumps({"result": result}))
+    return result
+
+
+def _parting(name: str) -> None:
+    """All have heard: process 0, on whose life that of the others hangs, may leave now."""
+    with suppress(jax.errors.JaxRuntimeError):
+        _client().wait_at_barrier(f"fusejax/{name} failed", _ROLL_CALL_MS)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """`store.locked` for a job of any number of processes."""
     with ExitStack() as held:
-        alone("output folder", lambda: held.enter_context(store.locked(folder)))
+        alone("output folder", lambda: held.enter_context(store.locked(folder)) and None)
         yield
 
 

@@ -31,7 +31,7 @@ def train(config: Config, name: str) -> None:
     """One run, from its latest checkpoint to its last step. Raises Resumable where SIGTERM came, all being saved."""
     folder, config = run_folder(config, name), run_config(config, name)
     inputs = run_inputs(config, name)
-    record: dict[str, Any] | None = json.loads(distributed.tell("record", json.dumps(_begin(config, folder, inputs))))
+    record = distributed.alone(f"train {name}", lambda: _begin(config, folder, inputs))
     if record is not None and record["done"]:
         say(f"train {name}: done before, skipped")
         return
@@ -48,9 +48,7 @@ def train(config: Config, name: str) -> None:
 
 
 def _begin(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """What process 0 knows of an earlier start of the run, after checking that it is the same run."""
-    if jax.process_index() > 0:
-        return None
+    """What is known of an earlier start of the run, after checking that it is the same run."""
     if not config.checkpoint.resume:
         forget(folder)
     record = read_record(folder)

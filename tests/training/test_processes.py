@@ -119,6 +119,12 @@ def test_two_processes_equal_one_and_go_on_after_kill_and_sigterm_on_any_number(
     assert len(losses(two)) == len(losses(whole)) == STEPS
     np.testing.assert_allclose(losses(two), losses(whole), rtol=1e-4)
 
+    results = both(path, "seed=5", output=two)
+    assert [code for code, _ in results] == [2, 2], results
+    for _, out in results:  # what process 0 found, from both
+        assert f"{two}/training.json" in out.splitlines()[-1]
+        assert "seed" in out.splitlines()[-1]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "devices"), [("process", 4), ("job", 8)])
