@@ -180,5 +180,8 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(job, monkeypatch, in_last
 def test_a_profile_of_some_steps(job, capsys):
     config = job(profile={"start": 2, "steps": 2}, batch={"sequences": 4, "steps": 5})
     training.train(config, "fused")
-    assert list((config.folder / "profile").rglob("*.xplane.pb"))
+    (written,) = (config.folder / "profile").glob("plugins/profile/*/*.xplane.pb")  # where TensorBoard looks
+    planes = jax.profiler.ProfileData.from_file(str(written)).planes
+    events = [event.name for plane in planes for line in plane.lines for event in line.events]
+    assert "PjitFunction(step)" in events
     assert "profile in" in capsys.readouterr().out
