@@ -1,20 +1,22 @@
 """Ahead-of-time compilation for accelerators that are not here: does a job fit, and what does it exchange?
 
-`topology` names the machine ("v5p:2x2x2", "h100:8"), `train_step` compiles a job's jitted step for it from shapes
-alone, and the result says what each device holds and what goes over the wires. TPUs need `libtpu` (pip install
-"jax[tpu]") of the version that belongs to jaxlib; H100s need jax >= 0.12 with jax-cuda13-plugin and jax-cuda13-pjrt.
-Neither needs the hardware.
+`topology` names the machine ("v5p:2x2x2", "h100:8"), `train_call` and `source_call` are a job's jitted functions with
+their arguments' shapes, and `Call.compile` says what each device holds and what goes over the wires. TPUs need `libtpu`
+(pip install "jax[tpu]") of the version that belongs to jaxlib; H100s need jax >= 0.12 with jax-cuda13-plugin and
+jax-cuda13-pjrt. Neither needs the hardware.
 """
 
 import contextlib
+import math
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,10 @@ from fusejax.training.step import make_step
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
+# Bytes of a chip's memory that a program can have, as the compiler says them when it refuses one.
+_USABLE = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24}
+_H100_BYTES = 84942979072
+POOL = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the share of a GPU's memory that JAX takes, and 0.75 unless set
 _H100_CORES = 132
 # What XLA's CUDA compiler wants to know of a device; NVIDIA's data sheet of the H100 SXM5 80 GB.
 _H100 = f"""
@@ -44,7 +50,7 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   core_count: {_H100_CORES} fpus_per_core: 128 clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: {_H100_BYTES}
   device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3" device_address_bits: 64
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
 }}
@@ -56,6 +62,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 class NotInstalledError(UserError):
     """What compiles for a machine is not installed."""
+
+
+class DoesNotFitError(UserError):
+    """A program needs more memory than a device has; bytes, None where the compiler does not say them."""
+
+    def __init__(self, needed: int | None, available: int | None, said: str) -> None:
+        super().__init__(f"does not fit: {said}")
+        self.needed, self.available = needed, available
 
 
 @dataclass(frozen=True)
@@ -105,14 +119,30 @@ def _tpu(name: str, slices: int) -> Sequence[Any]:
     try:
         # The two cores of a v4 chip are one device in JAX, as those of a v5p are.
         options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-        return topologies.get_topology_desc(name, "tpu", num_slices=slices, **options).devices
+        with _quiet():
+            return topologies.get_topology_desc(name, "tpu", num_slices=slices, **options).devices
     except Exception as error:
         raise UserError(f"topology {name!r}: libtpu refuses it: {_first_line(error)}") from None
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the process' standard error: libtpu says there that it finds no TPU."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _h100(shape: str) -> Sequence[Any]:
     if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 12):
-        raise NotInstalledError(f"topology 'h100:{shape}': needs jax >= 0.12, here is {jax.__version__}")
+        wanted = "with Python >= 3.12: pip install -U 'jax>=0.12'"
+        raise NotInstalledError(f"topology 'h100:{shape}': needs jax >= 0.12, here is {jax.__version__}; {wanted}")
     for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
         try:
             version(package)
@@ -128,11 +158,41 @@ def _h100(shape: str) -> Sequence[Any]:
         raise UserError(f"topology 'h100:{shape}': the CUDA compiler refuses it: {_first_line(error)}") from None
 
 
+def usable_memory(devices: Sequence[Any]) -> int:
+    """Bytes that a program can have on each of a machine's devices; on GPUs by JAX's own pool (see POOL)."""
+    kind = devices[0].device_kind
+    if kind in _USABLE:
+        return int(_USABLE[kind] * (1 << 30))
+    return int(_H100_BYTES * float(os.environ.get(POOL, "0.75")))
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def train_step(
+def shard_bytes(tree: Any) -> int:
+    """What each device holds of arrays, or of ShapeDtypeStructs with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+class Call(NamedTuple):
+    """A jitted function and the arguments to compile it for, ShapeDtypeStructs with shardings."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    @property
+    def argument_bytes(self) -> int:
+        """What each device holds of the arguments."""
+        return shard_bytes(self.arguments)
+
+    def compile(self) -> Program:
+        """See `compile_for`."""
+        return compile_for(self.function, *self.arguments)
+
+
+def train_call(
     config: Config,
     model_config: models.DecoderConfig,
     devices: Sequence[Any],
@@ -140,21 +200,18 @@ def train_step(
     source_vocabularies: Sequence[int] = (),
     table_columns: int = 16,
     steps_total: int = 1000,
-) -> Program:
-    """Compile the training step of a job for `devices` (see `topology`), from shapes alone.
+) -> Call:
+    """The training step of a job and its arguments.
 
     source_vocabularies: rows of each source's token table; none: the CLM-only step. table_columns: how many bytes of a
-    source token a row may have consumed, plus one. Raises UserError where it does not fit, with the compiler's reason.
+    source token a row may have consumed, plus one.
     """
     mesh = sharding.job_mesh(config, model_config, devices)
     model = models.Decoder(
         model_config, jnp.dtype(config.precision.compute), config.remat, attention=config.attention, mesh=mesh
     )
     graphdef, _ = nnx.split(model)
-    shapes, placed = models.abstract_params(model_config), models.shardings(model_config, mesh)
-    params = nnx.to_pure_dict(
-        jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, placed)
-    )
+    params = nnx.to_pure_dict(_abstract_params(model_config, jnp.float32, mesh))
     trained, fixed = tuning.abstract_split(config, params, model, mesh)
     optimizer, schedule = optimizers.make(config.optimizer, steps_total)
     state = abstract_state(config, trained, optimizer, mesh)
@@ -163,13 +220,13 @@ def train_step(
     table: Any = partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
     shapes_of = [(rows, table_columns) for rows in source_vocabularies]
     tables = [fusion.TokenTable(table(shape, jnp.int32), table(shape, jnp.uint32)) for shape in shapes_of]
-    return compile_for(step, state, fixed, abstract_batch(config, len(tables), mesh), tables)
+    return Call(step, (state, fixed, abstract_batch(config, len(tables), mesh), tables))
 
 
-def source_forward(
+def source_call(
     config: Config, source: ModelConfig, model_config: models.DecoderConfig, devices: Sequence[Any]
-) -> Program:
-    """Compile the program that caches a source, of its longest batches, for the first process of `devices`.
+) -> Call:
+    """The program that caches a source, of its longest batches, for the first process of `devices`.
 
     Without `cache.batch_tokens` the batch is the smallest one, which says whether a larger one may be chosen.
     """
@@ -177,8 +234,6 @@ def source_forward(
     compute = jnp.dtype(config.precision.compute)
     model = models.Decoder(model_config, compute, attention=config.attention, mesh=mesh)
     graphdef, _ = nnx.split(model)
-    shapes, placed = models.abstract_params(model_config, compute), models.shardings(model_config, mesh)
-    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, placed)
     sampled = config.cache.kind == "sampled"
     forward = scoring.program(
         graphdef,
@@ -188,12 +243,19 @@ def source_forward(
         draws=scoring.Draws(config.cache.rounds, config.seed) if sampled else None,
         implementation=config.kernels.topk_unembed,
     )
-    multiple = sharding.batch_shards(mesh)
-    longest = np.array([config.max_length])
+    multiple, longest = sharding.batch_shards(mesh), np.array([config.max_length])
     rows = scoring.plan(longest, config.max_length, config.cache.batch_tokens or 1, multiple)[0].rows
     split = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=sharding.batch_sharding(mesh))
     ids = split((rows, config.max_length))
-    return compile_for(forward, params, ids, ids, *([split((rows,))] if sampled else []))
+    return Call(
+        forward, (_abstract_params(model_config, compute, mesh), ids, ids, *([split((rows,))] if sampled else []))
+    )
+
+
+def _abstract_params(model_config: models.DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> nnx.State:
+    """The parameters as shapes, laid out over the mesh."""
+    shapes, placed = models.abstract_params(model_config, dtype), models.shardings(model_config, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, placed)
 
 
 def abstract_batch(config: Config, n_sources: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -220,18 +282,18 @@ def abstract_batch(config: Config, n_sources: int, mesh: jax.sharding.Mesh) -> d
 def compile_for(function: Callable[..., Any], *arguments: Any) -> Program:
     """Compile a jitted function for the devices of its arguments' shardings, ShapeDtypeStructs all of them.
 
-    Raises UserError where the compiler says that memory does not suffice.
+    Raises DoesNotFitError where the compiler says that memory does not suffice.
     """
     started = time.monotonic()
+    static = function.args if isinstance(function, partial) else ()
+    jitted: Any = function.func if isinstance(function, partial) else function
     try:
         with _on_abstract_device(arguments):
-            static = function.args if isinstance(function, partial) else ()
-            jitted: Any = function.func if isinstance(function, partial) else function
             compiled = jitted.lower(*static, *arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"does not fit: {_shortage(str(error))}") from None
+        raise DoesNotFitError(*_shortage(str(error))) from None
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return Program(
         arguments=memory.argument_size_in_bytes,
@@ -255,6 +317,21 @@ def _on_abstract_device(arguments: Any) -> contextlib.AbstractContextManager[Any
     )
 
 
-def _shortage(text: str) -> str:
-    found = re.search(r"Used \S+ of \S+ \w+\. Exceeded \w+ capacity by \S+", text)
-    return found.group(0).rstrip(".") if found else text.splitlines()[0]
+_SHORTAGES = (
+    r"Used (?P<needed>[\d.]+[KMGT]) of (?P<available>[\d.]+[KMGT]) hbm",
+    r"total memory required for HLO temporaries \((?P<needed>[\d.]+[KMGT])\) exceeds available HBM "
+    r"\((?P<available>[\d.]+[KMGT])\)",
+)
+
+
+def _shortage(text: str) -> tuple[int | None, int | None, str]:
+    """(bytes needed, bytes available, the compiler's words) of its refusal."""
+    for pattern in _SHORTAGES:
+        found = re.search(pattern, text)
+        if found:
+            return _from_binary(found["needed"]), _from_binary(found["available"]), found.group(0)
+    return None, None, text.splitlines()[0]
+
+
+def _from_binary(size: str) -> int:
+    return round(float(size[:-1]) * 1024 ** ("KMGT".index(size[-1]) + 1))

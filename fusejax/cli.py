@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fusejax import __version__, bench, config, settings
+from fusejax import __version__, bench, config, plan_command, settings
 from fusejax.errors import Resumable, UserError
 
 # What the stages do, in the order in which `train.py` runs them.
@@ -203,8 +203,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, help_text in STAGES.items():
         command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
         {"evaluate": add_evaluation, "report": add_report}.get(name, add_config)(command)
-    help_text = "validate a configuration and print stages, token counts and disk needed"
-    add_config(commands.add_parser("plan", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
+    add_config(plan_command.add_parser(commands))
     help_text = "merge the weights of models of one architecture into one (linear, SLERP, TIES, DARE, SCE, ...)"
     add_config(commands.add_parser("merge", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
     help_text = "take over next-token distributions that the FuseLLM code saved, as a source's cache"
@@ -362,9 +361,7 @@ def _command(arguments: Sequence[str] | None) -> None:
         return
     job = config.load(options.config, options.overrides)
     if options.command == "plan":
-        from fusejax import plan
-
-        plan.show(job)
+        plan_command.run(options, job)
         return
     from fusejax import distributed
 

@@ -22,7 +22,10 @@ _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _CALLS = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.\-, %]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=(%[\w.\-]+)")
-_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_BODY = re.compile(r"body=(%[\w.\-]+)")
+_CONSTANT = re.compile(r"(%[\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_COMPARED = re.compile(r"(%[\w.\-]+) = [su]32\[\]\S* get-tuple-element\(.*\), index=(\d+)")
+_NAMES = re.compile(r"%[\w.\-]+")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=")
@@ -80,13 +83,30 @@ def _group(line: str, devices: int) -> int:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs; where the compiler does not say, what its condition compares the counter with."""
+    """How often a loop runs; where the compiler does not say, from 0 to what its counter is compared with."""
     known = _TRIPS.search(line)
     if known:
         return int(known.group(1))
-    condition = _CONDITION.search(line)
-    limits = _LIMIT.findall("\n".join(computations.get(condition.group(1), ()))) if condition else []
-    return max((int(n) for n in limits), default=1)
+    condition, body = _CONDITION.search(line), _BODY.search(line)
+    if not condition or not body:
+        return 1
+    lines = computations.get(condition.group(1), [])
+    limits = [int(found.group(2)) for found in map(_CONSTANT.search, lines) if found]
+    counters = [int(found.group(2)) for found in map(_COMPARED.search, lines) if found]
+    step = _step(counters[0], computations.get(body.group(1), [])) if len(counters) == 1 else 1
+    return -(-max(limits, default=1) // step)
+
+
+def _step(place: int, body: list[str]) -> int:
+    """What a loop's body adds to an element of its state, 1 where that cannot be read."""
+    root = next((line for line in body if line.lstrip().startswith("ROOT ")), "")
+    results = _NAMES.findall(root.partition(" tuple(")[2].partition(")")[0])
+    if place >= len(results):
+        return 1
+    added = next((line for line in body if line.lstrip().startswith(f"{results[place]} = ")), "").partition(" add(")[2]
+    operands = _NAMES.findall(added.partition(")")[0])
+    constants = {found.group(1): found.group(2) for found in map(_CONSTANT.search, body) if found}
+    return max((int(constants[name]) for name in operands if name in constants), default=1)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

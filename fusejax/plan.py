@@ -7,15 +7,15 @@ the models' own configurations where they are here, else from the size in their 
 import re
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
-from fusejax import tokenizers
+from fusejax import models, preflight, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.corpus import local_size, read_documents
 from fusejax.errors import UserError
+from fusejax.models import published
 from fusejax.progress import console, say, warn
 
 BYTES_PER_TOKEN = 4.0  # of text, in a tokenizer that is not on this machine
@@ -31,15 +31,22 @@ class Size:
     known_by: str
 
 
-def model_size(model: ModelConfig) -> Size:
-    """From the configuration where the model is on this machine, else from its name ("...-7b")."""
-    from fusejax import models
-
-    if Path(model.model).is_dir():
-        config = models.read_config(model.model)[1]
-        return Size(models.count_parameters(config), config.vocab_size, "its config.json")
+def known_shape(model: ModelConfig) -> tuple[models.DecoderConfig | None, str]:
+    """(the shape of a model, None where it is not known without asking a hub; how it is known)."""
+    folder = preflight.folder_of(model)
+    if folder is not None:
+        return models.read_config(folder)[1], "its config.json"
     if model.model.startswith((".", "/", "~")):
         raise UserError(f"{model.model}: no such folder")
+    keys = published.CONFIGS.get(model.model)
+    return (models.decoder_config(keys, model.model), "its published sizes") if keys else (None, "")
+
+
+def model_size(model: ModelConfig) -> Size:
+    """From the configuration where the model is on this machine, else from its name ("...-7b")."""
+    shape, known_by = known_shape(model)
+    if shape is not None:
+        return Size(models.count_parameters(shape), shape.vocab_size, known_by)
     found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", model.model.lower())
     if not found:
         return Size(float("nan"), 65536, "unknown until it is fetched")
@@ -59,16 +66,29 @@ def corpus_tokens(config: Config) -> tuple[float, str]:
 
 def _bytes_per_token(config: Config) -> float:
     """Of the first documents in the target's tokenizer, where that is on this machine."""
-    if not Path(config.target.model).is_dir():
+    if preflight.folder_of(config.target) is None:
         return BYTES_PER_TOKEN
     texts = [document.text for document in islice(read_documents(config.corpus), _SAMPLE)]
     tokens = sum(len(ids) for ids, _ in tokenizers.for_model(config.target).encode_batch(texts))
     return sum(len(text.encode("utf-8")) for text in texts) / max(tokens, 1)
 
 
+def top_k(config: Config, source: ModelConfig) -> int:
+    """How many entries of each distribution a source's cache keeps."""
+    return source.top_k or config.cache.top_k
+
+
+def cached_bytes(config: Config, source: ModelConfig, vocab: int) -> int:
+    """Of one token in a source's cache."""
+    k, value_bytes = top_k(config, source), np.dtype(config.cache.values).itemsize
+    if config.cache.kind == "sampled":  # about 12 distinct tokens of 50 draws
+        k, value_bytes = min(config.cache.rounds, 12), 1
+    return k * ((2 if vocab <= 65536 else 4) + value_bytes) + 4
+
+
 def show(config: Config) -> None:
     """Print the plan. Raises UserError where a local model or corpus is missing or of no use."""
-    from fusejax import preflight, training
+    from fusejax import training
     from fusejax.evaluation import baselines
 
     preflight.check(config)
@@ -77,8 +97,8 @@ def show(config: Config) -> None:
     sources = [(source, model_size(source)) for source in config.sources]
     batch = config.batch.sequences * config.max_length
     steps = config.batch.steps or max(1.0, tokens / batch) * config.batch.epochs
-    say(f"tokens of the corpus: {_number(tokens)} ({tokens_known_by})")
-    say(f"training: {_number(steps)} steps of {config.batch.sequences} sequences x {config.max_length} tokens")
+    say(f"tokens of the corpus: {readable_number(tokens)} ({tokens_known_by})")
+    say(f"training: {readable_number(steps)} steps of {config.batch.sequences} sequences x {config.max_length} tokens")
 
     table = Table("stage", "work", "disk")
     total = 0.0
@@ -86,7 +106,7 @@ def show(config: Config) -> None:
     def row(stage: str, work: str, disk: float) -> None:
         nonlocal total
         total += disk
-        table.add_row(stage, work, _bytes(disk))
+        table.add_row(stage, work, readable_bytes(disk))
 
     row(
         "prepare",
@@ -94,13 +114,9 @@ def show(config: Config) -> None:
         tokens * (4 + 8 * (1 + len(sources))),
     )
     for source, size in sources:
-        k = source.top_k or config.cache.top_k
-        value_bytes, what = np.dtype(config.cache.values).itemsize, f"top-{k}"
-        if config.cache.kind == "sampled":  # about 12 distinct tokens of 50 draws
-            k, value_bytes, what = min(config.cache.rounds, 12), 1, f"{config.cache.rounds} draws"
-        per_row = k * ((2 if size.vocab <= 65536 else 4) + value_bytes) + 4
-        work = f"{_number(size.parameters)} parameters (by {size.known_by}), {what}"
-        row(f"source {source.label}", work, tokens * per_row)
+        what = f"{config.cache.rounds} draws" if config.cache.kind == "sampled" else f"top-{top_k(config, source)}"
+        work = f"{readable_number(size.parameters)} parameters (by {size.known_by}), {what}"
+        row(f"source {source.label}", work, tokens * cached_bytes(config, source, size.vocab))
     for source, _ in sources:
         row(
             f"align {source.label}",
@@ -110,8 +126,8 @@ def show(config: Config) -> None:
     state = target.parameters * 4 * 3 * (config.checkpoint.keep + 1)  # parameters and two moments, float32
     trained = [name for name in config.evaluation.baselines if name in baselines.TRAINED]
     for name in [*training.runs(config), *trained]:
-        what = f"{_number(tokens * config.batch.epochs if not config.batch.steps else steps * batch)} tokens"
-        row(f"train {name}", f"{what}, {_number(target.parameters)} parameters", state)
+        what = f"{readable_number(tokens * config.batch.epochs if not config.batch.steps else steps * batch)} tokens"
+        row(f"train {name}", f"{what}, {readable_number(target.parameters)} parameters", state)
         row(f"export {name}", "Hugging Face folder", target.parameters * 4)
     if config.fusion.merge is not None:
         row("merge pairs", f"{config.fusion.merge.method} of {len(config.partners)} copies", target.parameters * 4)
@@ -129,8 +145,8 @@ def show(config: Config) -> None:
             preflight.check_devices(config)
         except UserError as error:  # the job may be meant for another machine than the plan
             warn(f"this machine cannot run the job: {error}")
-    say(f"disk needed: {_bytes(total)} in {config.folder}")
-    unseen = [model.model for model in (config.target, *config.sources) if not Path(model.model).is_dir()]
+    say(f"disk needed: {readable_bytes(total)} in {config.folder}")
+    unseen = [model.model for model in (config.target, *config.sources) if preflight.folder_of(model) is None]
     if unseen:
         say("checked: every key. Not checked, as they are not on this machine: " + ", ".join(dict.fromkeys(unseen)))
 
@@ -138,7 +154,7 @@ def show(config: Config) -> None:
 _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
-def _number(value: float) -> str:
+def readable_number(value: float) -> str:
     if value != value:
         return "?"
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e4)):
@@ -147,7 +163,7 @@ def _number(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _bytes(value: float) -> str:
+def readable_bytes(value: float) -> str:
     if value != value:
         return "?"
     unit, size = next(((unit, size) for unit, size in _BYTES if value >= size), ("B", 1.0))

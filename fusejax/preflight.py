@@ -53,7 +53,7 @@ def check_devices(config: Config, training: bool = True) -> None:
 
 
 def _check_attention(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, packed: bool) -> None:
-    folder = _folder(model)
+    folder = folder_of(model)
     if folder is None:
         return
     compute = jnp.dtype(config.precision.compute)
@@ -88,7 +88,7 @@ def check_model(model: ModelConfig) -> None:
 
 def _check_length(model: ModelConfig, max_length: int) -> None:
     """UserError where documents of `max_length` tokens go beyond a model's table of learned positions."""
-    folder = _folder(model)
+    folder = folder_of(model)
     if folder is None:
         return
     _, config = models.read_config(folder)
@@ -99,7 +99,7 @@ def _check_length(model: ModelConfig, max_length: int) -> None:
         )
 
 
-def _folder(model: ModelConfig) -> Path | None:
+def folder_of(model: ModelConfig) -> Path | None:
     """Where a model's files are on this machine, if they are."""
     path = Path(model.model).expanduser()
     return path if path.is_dir() else files.cached_folder(model.model, model.revision)

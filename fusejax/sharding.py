@@ -57,7 +57,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
             f"devices of {jax.process_count()} processes; it should take all"
         )
     axis_types = (AxisType.Auto,) * len(AXES)
-    slices, by_process = _slices(devices[:needed])
+    slices, by_process = slices_of(devices[:needed])
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices[:needed])
     outer, left = [], slices
@@ -75,7 +75,7 @@ def _product(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _slices(devices: Sequence[Any]) -> tuple[int, bool]:
+def slices_of(devices: Sequence[Any]) -> tuple[int, bool]:
     """(groups of equally many devices with a fast network of their own, whether a group is a process).
 
     TPUs say which slice they are of, GPUs which host; else a process with several devices is taken for a host.
@@ -104,7 +104,7 @@ def resolve(config: MeshConfig, devices: Sequence[Any], rows: int | None = None,
         fixed = {axis: size for axis, size in sizes.items() if size != -1}
         said = " x ".join(fixed) + " = " + _product(list(fixed.values()))
         raise UserError(f"mesh: {said} does not divide the {len(devices)} devices")
-    slices, _ = _slices(devices)
+    slices, _ = slices_of(devices)
     shapes = [
         shape
         for shape in mesh_shapes(len(devices))

@@ -24,21 +24,20 @@ def test_names_that_are_refused(name, message):
 def test_a_program_for_this_machine():
     run = jax.jit(lambda x: jnp.sin(x) @ x.T)
     whole = sharding.replicated(sharding.make_mesh())
-    program = aot.compile_for(run, jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=whole))
-    assert program.arguments == 64 * 32 * 4
+    call = aot.Call(run, (jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=whole),))
+    program = call.compile()
+    assert program.arguments == call.argument_bytes == 64 * 32 * 4
     assert program.collectives == {}
     assert program.flops >= 2 * 64 * 64 * 32
     assert program.peak >= program.arguments
 
 
-def test_a_step_from_shapes_alone_is_the_trainers_step(make_job, monkeypatch):
+def test_a_step_from_shapes_alone_is_the_trainers_step(make_job):
     """The shapes and layouts of the abstract step are those that training uses."""
     job = make_job()
-    seen = []
-    monkeypatch.setattr(aot, "compile_for", lambda step, *arguments: seen.extend(arguments))
     _, model_config = models.read_config(job.target.model)
-    aot.train_step(job, model_config, jax.devices()[:1], source_vocabularies=(352, 280), table_columns=4)
-    state, fixed, batch, tables = seen
+    call = aot.train_call(job, model_config, jax.devices()[:1], source_vocabularies=(352, 280), table_columns=4)
+    state, fixed, batch, tables = call.arguments
     trainer = training.Trainer.make(job, 10, with_sources=False)
     real = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), trainer.state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == real
@@ -49,12 +48,10 @@ def test_a_step_from_shapes_alone_is_the_trainers_step(make_job, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"lora": {"rank": 4}}, {"optimizer": {"frozen": ["embedding", "blocks.0"]}}])
-def test_adapters_and_frozen_parameters_as_the_trainer_has_them(make_job, monkeypatch, changes):
+def test_adapters_and_frozen_parameters_as_the_trainer_has_them(make_job, changes):
     job = make_job(**changes)
-    seen = []
-    monkeypatch.setattr(aot, "compile_for", lambda step, *arguments: seen.extend(arguments))
     _, model_config = models.read_config(job.target.model)
-    aot.train_step(job, model_config, jax.devices()[:1])
+    seen = aot.train_call(job, model_config, jax.devices()[:1]).arguments
     trainer = training.Trainer.make(job, 10, with_sources=False)
     for abstract, real in ((seen[0], trainer.state), (seen[1], trainer.fixed)):
         described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real)
@@ -67,9 +64,7 @@ def test_a_sources_forward_is_the_scorers(make_job, monkeypatch):
     source, length = job.sources[0], job.max_length
     mesh, compute = sharding.local_mesh(job.mesh), jnp.dtype(job.precision.compute)
     model = models.load(source.model, mesh=mesh, dtype=compute, compute_dtype=compute)
-    seen, called = [], []
-    monkeypatch.setattr(aot, "compile_for", lambda *arguments: seen.extend(arguments))
-    aot.source_forward(job, source, model.config, jax.devices()[:1])
+    call, called = aot.source_call(job, source, model.config, jax.devices()[:1]), []
     make = scoring.program
 
     def program(*arguments, **options):
@@ -84,10 +79,22 @@ def test_a_sources_forward_is_the_scorers(make_job, monkeypatch):
     ids = np.ones(length, np.int32)
     batch = scoring.plan(np.array([length]), length, job.cache.batch_tokens)[0]
     scorer._start(batch, scoring.Group("", [ids], [ids]))
-    assert seen[0].func is called[0].func
-    assert seen[0].args[1:] == called[0].args[1:]
-    described = [[(x.shape, x.dtype) for x in jax.tree.leaves(arguments[1:])] for arguments in (seen, called)]
+    assert call.function.func is called[0].func
+    assert call.function.args[1:] == called[0].args[1:]
+    described = [[(x.shape, x.dtype) for x in jax.tree.leaves(inputs)] for inputs in (call.arguments, called[1:])]
     assert described[0] == described[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "needed", "available"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 18.71G of 15.75G hbm. Exceeded hbm capacity by 2.96G.", 18.71, 15.75),
+        ("... the total memory required for HLO temporaries (240.00G) exceeds available HBM (30.75G). HLO", 240, 30.75),
+    ],
+)
+def test_the_compilers_refusals_are_read(said, needed, available):
+    assert aot._shortage(said)[:2] == (round(needed * (1 << 30)), round(available * (1 << 30)))
+    assert aot._shortage("RESOURCE_EXHAUSTED: something new\nmore") == (None, None, "RESOURCE_EXHAUSTED: something new")
 
 
 def test_kernels_that_the_devices_cannot_run_are_refused():

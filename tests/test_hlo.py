@@ -21,6 +21,21 @@ MODULE = """HloModule jit_step, is_scheduled=true, num_partitions=8
   ROOT %less = pred[] compare(%i, %limit), direction=LT
 }
 
+%by_twos (state: (f32[6], u32[])) -> (f32[6], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=1
+  %next = u32[]{:T(128)} add(%i, %two)
+  %sent = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %got = f32[6]{0} collective-permute-done(%sent)
+  ROOT %both = (f32[6]{0}, u32[]{:T(128)}) tuple(%got, %next)
+}
+
+%below_seven (state.1: (f32[6], u32[])) -> pred[] {
+  %seven = u32[]{:T(128)} constant(7)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=1
+  ROOT %less.1 = pred[] compare(%i.1, %seven), direction=LT
+}
+
 %inner (p: f32[]) -> f32[] {
   %sum.2 = (f32[], s32[16]{0}) all-reduce(%a, %b), replica_groups=mesh['x'=2,'y'=4] {'x'}, to_apply=%add
 }
@@ -34,7 +49,7 @@ ENTRY %main (p0: f32[8]) -> f32[8] {
   %while.1 = (s32[], f32[8]) while(%tuple), condition=%condition, body=%body
   %while.2 = (s32[], f32[8]) while(%tuple), condition=%c2, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   %fused = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
-  %moved = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %while.3 = (f32[6], u32[]) while(%tuple), condition=%below_seven, body=%by_twos
   ROOT %out = f32[8]{0} reduce-scatter(%x), channel_id=3, to_apply=%add
 }
 """
@@ -45,7 +60,7 @@ def test_counted_as_often_as_their_loop_runs():
         "all-gather": (8, 4 * (4 * 512 * 2 + 8 * 4 * 4) * 3 // 4),
         "all-reduce": (3, 3 * (4 + 16 * 4)),
         "reduce-scatter": (2, 64 * 7 // 8 + 8 * 32 * 7 // 8),
-        "collective-permute": (1, 24),
+        "collective-permute": (4, 4 * 24),
     }
 
 

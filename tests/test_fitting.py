@@ -1,0 +1,264 @@
+"""What `fusejax plan --topology` does around compiling: shapes, estimates, the search for what fits, its messages."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fusejax import aot, cli, config, fitting, flops, machine_plan, models, sharding
+from fusejax.aot import DoesNotFitError, Program
+from fusejax.config import MeshConfig
+from fusejax.errors import UserError
+from fusejax.fitting import Candidate, Outcome
+from fusejax.hlo import Traffic
+from fusejax.models import published
+from fusejax.plan_command import Options
+
+JOB = {
+    "target": "meta-llama/Llama-2-7b-hf", "sources": ["mosaicml/mpt-7b"], "output": "runs/job",
+    "corpus": {"path": "huggingface:some/text", "expected_tokens": 10**9},
+    "batch": {"sequences": 64}, "mesh": {"fsdp": 8}, "remat": "none", "cache": {"batch_tokens": 16384},
+}  # fmt: skip
+GIB = 1 << 30
+
+
+@pytest.fixture
+def job():
+    return config.validate(JOB)
+
+
+@pytest.fixture
+def eight():
+    """Devices that only say what they are."""
+
+    class Device:
+        device_kind, platform, process_index, slice_index = "TPU v5", "tpu", 0, 0
+
+    return [Device() for _ in range(8)]
+
+
+def shapes(job):
+    return machine_plan.model_shapes(job)
+
+
+def test_published_sizes_are_those_of_the_models():
+    counts = {name: models.count_parameters(models.decoder_config(keys)) for name, keys in published.CONFIGS.items()}
+    assert counts["meta-llama/Llama-2-7b-hf"] == 6_738_415_616
+    assert counts["mosaicml/mpt-7b"] == 6_649_286_656
+    assert counts["EleutherAI/pythia-1b"] == counts["EleutherAI/pythia-1b-deduped"] == 1_011_781_632
+    assert counts["EleutherAI/pythia-6.9b"] == 6_857_302_016
+
+
+def test_a_shape_may_be_given(tmp_path, job):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(published.CONFIGS["EleutherAI/pythia-70m"]))
+    found = machine_plan.model_shapes(job, [f"mpt-7b={path}"])
+    assert found["mosaicml/mpt-7b"].d_model == 512
+    assert found["meta-llama/Llama-2-7b-hf"].d_model == 4096
+    with pytest.raises(UserError, match="should be NAME=FILE with one of"):
+        machine_plan.model_shapes(job, [f"other={path}"])
+
+
+def test_a_model_of_which_nothing_is_known(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    unknown = config.validate({"target": "someone/nothing-7b", "corpus": {"path": "c"}})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--shape someone/nothing-7b=FILE"):
+        machine_plan.model_shapes(unknown)
+
+
+def test_variants_are_valid_and_what_they_say(job, eight, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(JOB))
+    found = fitting.training(job, shapes(job), eight).variants(job)
+    assert len(found) == len(set(map(config.dump, found))) > 50
+    for variant in found:
+        overrides = fitting.changes(job, variant)
+        loaded = config.load(path, overrides)
+        assert loaded == variant
+        assert np.prod(list(variant.mesh.model_dump().values())) == 8
+    # The quickest keeps all that it can in memory, exchanges least, and computes nothing twice.
+    assert (found[0].batch.microbatch, found[0].remat, found[0].mesh.tensor) == (None, "none", 1)
+
+
+def test_the_least_of_a_step(job, eight, monkeypatch):
+    """Gradients of 4 bytes a parameter over 8 devices, and each layer's kept activations of 8 sequences."""
+    mesh = jax.sharding.AbstractMesh((1, 8, 1), sharding.AXES)
+    monkeypatch.setattr(sharding, "job_mesh", lambda *_: mesh)
+    gradients, activations = 6_738_415_616 * 4 // 8, 8 * 2048 * 32 * 2
+    stage = fitting.training(job, shapes(job), eight)
+    full = job.model_copy(update={"remat": "full"})
+    assert stage.least(full) == gradients + activations * 4096
+    assert stage.least(job) == gradients + activations * (2 * 4096 + 4 * 4096 + 3 * 11008)
+    micro = full.model_copy(update={"batch": job.batch.model_copy(update={"microbatch": 16})})
+    assert stage.least(micro) == gradients + activations * 4096 // 4
+
+
+def machine(memory, factor=2.0, refuses=True):
+    """(a stage whose programs need `factor` times their least temporaries, a list of the configurations compiled)."""
+    compiled = []
+
+    class Call:
+        def __init__(self, job):
+            self.job, self.argument_bytes = job, 4 * GIB
+
+        def compile(self):
+            compiled.append(self.job)
+            needed = int(4 * GIB + factor * least(self.job))
+            if refuses and needed > memory:
+                raise DoesNotFitError(needed, memory, "said the compiler")
+            return Program(4 * GIB, needed - 4 * GIB, needed, {"all-gather": Traffic(3, 1000)}, 0.0, 1.0)
+
+    def least(job):
+        return (job.batch.microbatch or 64) * GIB // 8
+
+    def variants(job):
+        sizes = [None, 32, 16, 8]
+        return [job.model_copy(update={"batch": job.batch.model_copy(update={"microbatch": n})}) for n in sizes]
+
+    shape = models.decoder_config(published.CONFIGS["meta-llama/Llama-2-7b-hf"])
+    return fitting.Stage("train", shape, Call, least, variants), compiled
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_the_quickest_that_should_fit_is_compiled(job, refuses):
+    """8 GiB fit two microbatches of 16 or 8 sequences: what the first one needed says that 32 will not do."""
+    stage, compiled = machine(8 * GIB, refuses=refuses)
+    first = fitting.try_one(stage, job, 8 * GIB)
+    assert not first.fits
+    assert first.needed == 20 * GIB
+    said = []
+    found = fitting.search(stage, first, 8 * GIB, tries=4, seconds=60, say=said.append)
+    assert fitting.changes(job, found.config) == ["batch.microbatch=16"]
+    assert len(compiled) == 2
+    assert said[0].startswith("train: of 3 other configurations")
+    assert said[1:] == ["train: compiling with batch.microbatch=16"]
+
+
+def test_the_search_is_bounded(job):
+    stage, compiled = machine(5 * GIB, factor=20.0)
+    first = fitting.try_one(stage, job, 5 * GIB)
+    assert fitting.search(stage, first, 5 * GIB, tries=0, seconds=60, say=print) is None
+    assert fitting.search(stage, first, 5 * GIB, tries=9, seconds=-1, say=print) is None
+    assert len(compiled) == 1
+    assert fitting.search(stage, first, 5 * GIB, tries=9, seconds=60, say=print) is None
+    assert [one.batch.microbatch for one in compiled[1:]] == [8], "the others cannot fit, by their shapes alone"
+
+
+def test_next_candidate():
+    candidates = [Candidate(name, 2, least) for name, least in (("fast", 6), ("middle", 3), ("slow", 1))]
+    assert fitting.next_candidate(candidates, 1.0, 10).config == "fast"
+    assert fitting.next_candidate(candidates, 2.0, 10).config == "middle"
+    assert fitting.next_candidate(candidates, 20.0, 10).config == "slow"
+
+
+def test_arguments_are_counted_as_the_compiler_does(make_job):
+    job = make_job()
+    _, shape = models.read_config(job.target.model)
+    call = aot.train_call(job, shape, jax.devices()[:1], source_vocabularies=(352, 280))
+    program = call.compile()
+    # A step that is not used is not passed: XLA drops it, so the count may be a few bytes more.
+    assert program.arguments <= call.argument_bytes <= program.arguments * 1.01 + 64
+
+
+@pytest.fixture
+def planned(monkeypatch, eight, tmp_path, capsys):
+    """A function that runs `fusejax plan` for eight devices on which `memory` bytes can be had; its JSON and output."""
+
+    def run(memory, *arguments, **changes):
+        stage, _ = machine(memory)
+        monkeypatch.setattr(aot, "topology", lambda name, slices=1: eight)
+        monkeypatch.setattr(aot, "usable_memory", lambda devices: memory)
+        monkeypatch.setattr(machine_plan.sharding, "make_mesh", lambda *_: None)
+        monkeypatch.setattr(machine_plan.sharding, "described", lambda mesh: "eight devices")
+        monkeypatch.setattr(machine_plan, "_stages", lambda *_: [stage])
+        path = tmp_path / "job.yaml"
+        path.write_text(json.dumps(JOB | changes))
+        told = ["plan", str(path), "--topology", "v5p:2x2x2", "--json", str(tmp_path / "plan.json"), *arguments]
+        cli.main(told)
+        return json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_the_report(planned):
+    found, said = planned(64 * GIB, "--mfu", "0.5")
+    assert "an estimate" in said
+    (stage,) = found["stages"]
+    assert stage["fits"]
+    assert stage["change"] == []
+    assert stage["memory"] == {"arguments": 4 * GIB, "temporaries": 16 * GIB, "peak": 20 * GIB, "spare": 44 * GIB}
+    assert stage["collectives"] == {"all-gather": {"times": 3, "bytes": 1000}}
+    shape = models.decoder_config(published.CONFIGS["meta-llama/Llama-2-7b-hf"])
+    per_token = flops.training_per_token(shape, 2048)
+    assert stage["flops_per_token"] == per_token
+    assert stage["estimated_tokens_per_s"] == pytest.approx(0.5 * 8 * 459e12 / per_token)
+    assert stage["estimated_hours"] == pytest.approx(1e9 / stage["estimated_tokens_per_s"] / 3600)
+
+
+def test_a_change_is_named(planned):
+    found, said = planned(8 * GIB)
+    assert "train: 12.00 GiB too much as it is; fits with batch.microbatch=16" in said
+    (stage,) = found["stages"]
+    assert (stage["fits"], stage["change"]) == (False, ["batch.microbatch=16"])
+    assert stage["short_bytes"] == 12 * GIB
+
+
+def test_nothing_fits(planned, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        planned(4 * GIB)
+    assert stopped.value.code == 2
+    assert "no configuration that fits was found for train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (["--mfu", "3"], {}, "--mfu: 3.0 should be from 1e-06 to 1"),
+        ([], {"mesh": {"fsdp": 4}}, "takes 4 devices, v5p:2x2x2 has 8: add mesh=auto"),
+        ([], {"mesh": {"fsdp": -1, "tensor": 3}}, "tensor = 1 x 3 does not divide the 8 devices"),
+    ],
+)
+def test_mistakes(planned, capsys, arguments, changes, message):
+    with pytest.raises(SystemExit) as stopped:
+        planned(64 * GIB, *arguments, **changes)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_options_of_a_machine_need_one(write_plan_job, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(write_plan_job), "--mfu", "0.3"])
+    assert "plan without --topology: has no use for --mfu" in capsys.readouterr().err
+
+
+@pytest.fixture
+def write_plan_job(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(JOB))
+    return path
+
+
+def test_a_stage_that_the_job_has_not(job, eight):
+    with pytest.raises(UserError, match="--only other: the job's stages are mpt-7b, train"):
+        machine_plan._stages(job, shapes(job), eight, ["other"])
+    names = [stage.name for stage in machine_plan._stages(job, shapes(job), eight, ["train"])]
+    assert names == ["train"]
+
+
+def test_a_sources_variants_halve_its_batch(job, eight):
+    stage = fitting.source(job, "mpt-7b", shapes(job), eight)
+    found = [(one.cache.batch_tokens, one.cache.mesh) for one in stage.variants(job)]
+    assert found[:3] == [(8192, "process"), (4096, "process"), (2048, "process")]
+    assert (2048, "job") in found
+
+
+def test_mesh_of_a_plan(job, eight):
+    auto = job.model_copy(update={"mesh": MeshConfig.model_validate("auto")})
+    shape = shapes(job)["meta-llama/Llama-2-7b-hf"]
+    assert fitting.checked_mesh(auto, shape, eight, "v5p:2x2x2") == MeshConfig(fsdp=8)
+    assert Options("v5p:2x2x2").mfu == 0.4
+    assert Outcome(job, False, None, None).reason == ""
