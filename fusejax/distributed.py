@@ -49,8 +49,7 @@ def start(config: Config) -> None:
     Raises UserError, one line, where processes are missing or differ, the port is taken, the output folder is not
     shared, or there are not as many devices as the configuration expects.
     """
-    if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+    keep_programs(config)
     wanted = config.distributed
     place = find(wanted, os.environ)
     if place is not None and place.processes > 1:
@@ -64,6 +63,12 @@ def start(config: Config) -> None:
         )
         _check_shared(config.folder)
     _check_counts(wanted)
+
+
+def keep_programs(config: Config) -> None:
+    """Compiled programs go to the folder `compilation_cache`, if there is one, and come from there again."""
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
 
 
 def find(wanted: DistributedConfig, environment: Any) -> Place | None:

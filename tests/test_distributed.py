@@ -1,9 +1,12 @@
 import socket
 import threading
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from fusejax import distributed, keeper, rendezvous
+from fusejax import config, distributed, keeper, rendezvous
 from fusejax.config import DistributedConfig
 from fusejax.errors import UserError
 
@@ -85,6 +88,23 @@ def test_someone_elses_connection_is_no_process():
             threading.Event().wait(0.02)
     thread.join(30)
     assert said == ["process 1 of 2 did not start within 1.5 s"]
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    job = config.validate(
+        {"target": "t", "corpus": {"path": "c"}, "output": "o", "compilation_cache": str(tmp_path / "programs")}
+    )
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    try:
+        distributed.start(job)
+        jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    assert any("lambda" in file.name for file in (tmp_path / "programs").iterdir())
 
 
 SLURM = {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}

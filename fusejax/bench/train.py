@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fusejax import aot, flops, fusion, models, sharding, training
+from fusejax import aot, distributed, flops, fusion, models, sharding, training
 from fusejax.alignment import MAX_CONSUMED
 from fusejax.batches import Arrays, Batches, token_tables
 from fusejax.bench import core, random_models
@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> list[core.Case]:
 
     job = config.load(options.config, options.overrides)
     job = training.run_config(job, training.runs(job)[0])
+    distributed.keep_programs(job)
     if options.against:
         core.torch_device()  # or a line that says why not
     with tempfile.TemporaryDirectory() as folder:

@@ -1,18 +1,39 @@
 """Run by test_meshes.py with eight simulated devices: CONFIG MESH... → JSON of each mesh's losses and layouts."""
 
+import contextlib
 import json
 import sys
 import warnings
+from unittest import mock
 
 import jax
 
 from fusejax import config, sharding, training
 from fusejax.batches import Batches
+from fusejax.models import loading
+
+
+@contextlib.contextmanager
+def watching(parts):
+    """The share of each larger parameter that a device holds, whenever one was read or a tensor written into it."""
+
+    def watched(function):
+        def run(*arguments):
+            made = function(*arguments)
+            if made.size > 4096:
+                parts.append(max(shard.data.size for shard in made.addressable_shards) / made.size)
+            return made
+
+        return run
+
+    with mock.patch.multiple(loading, **{name: watched(getattr(loading, name)) for name in ("_whole", "_write")}):
+        yield
 
 
 def curve(job):
-    batches = Batches(job)
-    trainer = training.Trainer.make(job, len(batches), with_sources=True)
+    batches, parts = Batches(job), []
+    with watching(parts):
+        trainer = training.Trainer.make(job, len(batches), with_sources=True)
     n = job.batch.sequences
     first = sharding.put_batch(batches.batch(0), trainer.mesh)
     compiled = trainer.step.lower(trainer.state, trainer.fixed, first, trainer.tables).compile()
@@ -36,7 +57,7 @@ def curve(job):
         on_mesh = sharding.put_batch(batch, trainer.mesh, n)
         state, values = trainer.step(state, trainer.fixed, on_mesh, trainer.tables)
         losses.append(float(values["loss"]))
-    return {"losses": losses, "checks": checks, "largest": largest}
+    return {"losses": losses, "checks": checks, "largest": largest, "while loading": max(parts)}
 
 
 def main(path, *meshes):
