@@ -149,6 +149,20 @@ def test_any_step_at_once(make_ready):
     assert list(late) == list(straight)[2:]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_same_documents_on_any_number_of_processes(make_job, packed):
+    """Each process makes its own rows; also of a run that goes on from a step, on another number of them."""
+    job = make_job(sources=[], batch={"sequences": 4, "steps": 5, "packed": packed})
+    straight = dict(Batches(job).iterate())
+    for start, processes in ((0, 2), (2, 4), (3, 1)):
+        shares = [range(i * 4 // processes, (i + 1) * 4 // processes) for i in range(processes)]
+        parts = [dict(Batches(job).iterate(start, rows=share)) for share in shares]
+        assert all(list(part) == list(range(start, 5)) for part in parts)
+        for step in range(start, 5):
+            for name, array in straight[step].items():
+                np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), array)
+
+
 def test_with_and_without_sources_the_documents_are_the_same(make_ready):
     job = make_ready()
     for (_, fused), (_, plain) in zip(Batches(job).iterate(), Batches(job, with_sources=False).iterate(), strict=True):
