@@ -8,6 +8,7 @@ Shapes: B prompts, P tokens of the longest, S places in the cache, V rows of the
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -271,12 +272,13 @@ def generate(
 
 
 def show(options: argparse.Namespace) -> None:
-    """`fusejax generate`: the text on standard output, as it comes."""
+    """`fusejax generate`: the text on standard output, as it comes; what loading says goes to standard error."""
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    generator = Generator.load(
-        options.model, options.revision, dtype=dtype, compute_dtype=dtype, attention=options.attention
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the text's alone
+        generator = Generator.load(
+            options.model, options.revision, dtype=dtype, compute_dtype=dtype, attention=options.attention
+        )
     generator([prompt], options.max_tokens, sampling, options.stop, lambda row, text: print(text, end="", flush=True))
     print()

@@ -282,13 +282,17 @@ def test_special_tokens_in_prompts(tiny_models):
     assert tokenizer.encode("a</s>")[0][-1] == tokenizer.eos_id
 
 
-def test_command(tiny_models, capsys):
+def test_command(tiny_models, capsys, monkeypatch):
     from fusejax import cli
 
+    monkeypatch.setattr("fusejax.models.loading._SHOW_PROGRESS_ABOVE", 0)
     wanted = fusejax.generate(tiny_models["fine"], "The cat", max_tokens=9, temperature=0.7, top_k=5, seed=3)
+    capsys.readouterr()
     arguments = ["--max-tokens", "9", "--temperature", "0.7", "--top-k", "5", "--seed", "3"]
     cli.main(["generate", tiny_models["fine"], "The cat", *arguments])
-    assert capsys.readouterr().out == wanted + "\n"
+    shown = capsys.readouterr()
+    assert shown.out == wanted + "\n"
+    assert "load" in shown.err
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", tiny_models["fine"], "The cat", "--top-p", "2"])
     assert stopped.value.code == 2
