@@ -35,7 +35,7 @@ def token_counts(tokens: Store) -> np.ndarray:
     """int64 [documents]: the number of tokens of each, from a file beside the store that the first call writes."""
     path = tokens.folder / "counts.npy"
     if path.exists():
-        counts = np.load(path, allow_pickle=False)
+        counts = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         if counts.shape == (len(tokens),):
             return counts
     counts = np.fromiter((len(record["ids"]) for record in tokens), np.int64, len(tokens))

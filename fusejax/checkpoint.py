@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from fusejax import paths
 from fusejax.config import CheckpointConfig
 from fusejax.errors import UserError
 from fusejax.store import make_folder, require_space, writing_failed
@@ -33,7 +34,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
-        self.folder = make_folder(folder).resolve()
+        paths.require_checkpoints(paths.at(folder))
+        self.folder = make_folder(folder)
+        if not paths.is_remote(self.folder):
+            self.folder = self.folder.resolve()
         policies: list[Any] = [preservation.LatestN(config.keep)]
         if config.keep_best:
             least = {"get_metric_fn": itemgetter("loss"), "reverse": True, "keep_checkpoints_without_metrics": False}

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fusejax import metrics, plots, report, store
+from fusejax import metrics, paths, plots, report, store
 from fusejax.errors import UserError
 from fusejax.progress import console, say
 
@@ -45,13 +45,13 @@ class Row:
 
 def read(folder: str | Path) -> Run:
     """A run; UserError where the folder has no report that can be read."""
-    path = Path(folder) / "report.json"
+    path = paths.at(folder) / "report.json"
     try:
         found = json.loads(path.read_text("utf-8"))
         scores = found["evaluation"]["bits_per_byte"]
         if not all("average" in values for values in scores.values()):
             raise ValueError("values without an average")
-        return Run(Path(folder), found)
+        return Run(paths.at(folder), found)
     except FileNotFoundError:
         raise UserError(f"{path}: no report there; {folder} should be the output folder of a finished job") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from fusejax import arguments, settings
+from fusejax import arguments, paths, settings
 from fusejax.merge_keys import MergeKeys
 from fusejax.settings import Section
 
@@ -32,6 +32,15 @@ class ModelConfig(Section):
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("model")
+    @classmethod
+    def _is_no_address(cls, model: str) -> str:
+        if paths.is_remote(model):
+            raise ValueError(
+                f"{model} is in a bucket; models are read from folders and the hub: copy it to this machine"
+            )
+        return model
 
     @property
     def label(self) -> str:
@@ -338,7 +347,19 @@ class Config(Section):
             raise ValueError("evaluation.baselines: there are no sources that they could use")
         self._check_fusion()
         self._check_batch()
+        self._check_bucket()
         return self
+
+    def _check_bucket(self) -> None:
+        """What works with links between folders, or with libraries that know only those."""
+        uses = {
+            "profile": self.profile is not None,
+            "fusion.kind: 'pairwise'": self.fusion.kind == "pairwise",
+            "evaluation.baselines: all but 'ensemble'": bool(set(self.evaluation.baselines) - {"ensemble"}),
+        }
+        key = next((key for key, used in uses.items() if used), None)
+        if key is not None and paths.is_remote(self.folder):
+            raise ValueError(f"{key}: needs an `output` on this machine, not {self.output}")
 
     def _check_batch(self) -> None:
         if -1 in (self.mesh.data, self.mesh.fsdp):
@@ -396,7 +417,7 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output)
+        return paths.at(self.output)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

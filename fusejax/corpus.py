@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fusejax import reading, tokenizers
+from fusejax import paths, reading, tokenizers
 from fusejax.config import Config, CorpusConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -123,10 +123,10 @@ def _parts(document: Document, texts: Sequence[str]) -> list[Document]:
 
 def local_size(corpus: CorpusConfig) -> int | None:
     """Bytes of text of a corpus on this machine (of large files estimated), None for one that must be fetched."""
-    if corpus.path.startswith(("tfds:", "huggingface:")) or (Path(corpus.path) / "dataset_info.json").exists():
+    if corpus.path.startswith(("tfds:", "huggingface:")) or (paths.at(corpus.path) / "dataset_info.json").exists():
         return None
     if not corpus.path.startswith("stdlib:"):
-        on_disk = [(path, path.stat().st_size) for path, _ in reading.files(corpus)]
+        on_disk = [(path, paths.size(path)) for path, _ in reading.files(corpus)]
         if sum(size for _, size in on_disk) > _SMALL_BYTES:
             return sum(size * (3 if path.suffix in (".gz", ".parquet") else 1) for path, size in on_disk)
     return sum(len(document.text.encode("utf-8")) for document in read_documents(corpus))
@@ -284,7 +284,7 @@ class _Preparation:
         path = folder / _PARTS
         key = fingerprint(inputs)
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as saved:
                 if str(saved["key"]) == key:
                     return saved["ends"], saved["counts"]
         except (OSError, ValueError, KeyError, BadZipFile):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from fusejax import rendezvous, store
+from fusejax import paths, rendezvous, store
 from fusejax.config import Config, DistributedConfig
 from fusejax.errors import Resumable, UserError
 from fusejax.progress import say
@@ -68,7 +68,7 @@ def start(config: Config) -> None:
 def keep_programs(config: Config) -> None:
     """Compiled programs go to the folder `compilation_cache`, if there is one, and come from there again."""
     if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(paths.at(config.compilation_cache).expanduser()))
 
 
 def find(wanted: DistributedConfig, environment: Any) -> Place | None:
@@ -154,7 +154,9 @@ def _common(config: Config) -> dict[str, Any]:
 
 def _keep_log(folder: Path, place: Place) -> None:
     """From here on what this process writes goes through a keeper: see `fusejax.keeper`."""
-    path = store.make_folder(folder / "logs") / f"process-{place.process}.log"
+    # What grows line by line stays on this machine where the output is in a bucket.
+    logs = Path("logs", str(folder).partition("://")[2]) if paths.is_remote(folder) else folder / "logs"
+    path = store.make_folder(logs) / f"process-{place.process}.log"
     command = [sys.executable, "-m", "fusejax.keeper", str(path), str(place.process), str(place.processes)]
     keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert keeper.stdin is not None

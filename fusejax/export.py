@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from fusejax import store
+from fusejax import paths, store
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
 from fusejax.models.decoder import Decoder
@@ -53,7 +54,7 @@ def save(
     missing = family.unknown_to_transformers(model.config)
     if missing:
         warn(f"{folder}: transformers' {family.architecture} leaves out {', '.join(missing)}; fusejax reads it right")
-    folder = Path(folder)
+    folder = paths.at(folder)
     tokenizer = files.local_folder(tokenizer_from, weights=False) if tokenizer_from is not None else None
     if jax.process_index() > 0:
         for _, _, read in convert.stored_tensors(model, family, dtype):
@@ -71,7 +72,15 @@ def save(
 
 @contextmanager
 def written(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` at the end of the block, or is removed after an error."""
+    """A temporary folder that takes the place of `folder` at the end of the block, or is removed after an error.
+
+    A model in a bucket is sent file by file, config.json last: without it there is none.
+    """
+    if paths.is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="fusejax-") as made:
+            yield Path(made)
+            _send(Path(made), folder)
+        return
     temporary = store.make_folder(folder.parent) / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
@@ -137,6 +146,18 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def _send(made: Path, folder: Path) -> None:
+    """Put the model in `made` into a bucket, in the place of one that is there; anything else stays."""
+    try:
+        for name in sorted(paths.names(folder), key=lambda name: name != "config.json"):
+            if name in _REPLACED or _WEIGHTS.fullmatch(name):
+                (folder / name).unlink()
+        for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
+            paths.send(file, folder / file.name)
+    except OSError as error:
+        raise store.writing_failed(folder, error) from None
 
 
 def _replace(folder: Path, temporary: Path) -> None:

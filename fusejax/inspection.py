@@ -1,11 +1,13 @@
 """`fusejax inspect`: what a store holds, in words and numbers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from fusejax import paths
 from fusejax.errors import UserError
 from fusejax.progress import console, say
 from fusejax.source_cache import decode
@@ -23,7 +25,9 @@ def show(path: str, record: int, row: int | None = None) -> None:
     manifest = read_manifest(path)
     if manifest is None:
         raise UserError(f"{path}: no store here; a store is a folder with manifest.json, as runs/NAME/sources/NAME")
-    size = sum(file.stat().st_size for file in Path(path).iterdir())
+    files = [paths.at(path) / name for name in paths.names(paths.at(path)) if "." in name]
+    with ThreadPoolExecutor(32) as pool:  # in a bucket each size is a request
+        size = sum(pool.map(paths.size, files))
     state = "complete" if manifest["complete"] else "not finished"
     say(f"{path}: {manifest['n_records']} documents, {size / 1e6:.1f} MB, {state}")
     table = Table("key", "value", title="made from / summary")

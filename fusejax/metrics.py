@@ -2,16 +2,18 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, TextIO
 
+from fusejax import paths
 from fusejax.errors import UserError
 from fusejax.store import fingerprint, make_folder, write_atomically, writing_failed
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
     """The steps recorded so far; a line that a kill cut off is left out."""
-    path = Path(folder) / "metrics.jsonl"
+    path = paths.at(folder) / "metrics.jsonl"
     steps = []
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:
@@ -28,16 +30,20 @@ class Metrics:
         """wandb: the project of Weights & Biases to log to as well; UserError where the package is missing."""
         from tensorboardX import SummaryWriter
 
-        self._path = make_folder(folder) / "metrics.jsonl"
+        self._home, self._here = make_folder(folder), Path(folder)
+        if paths.is_remote(self._home):  # nothing is appended to there: `keep` sends what grows here
+            self._copy = tempfile.TemporaryDirectory(prefix="fusejax-")
+            self._here = Path(self._copy.name)
+        self._path = self._here / "metrics.jsonl"
         kept = [record for record in read(folder) if record["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        events = Path(folder) / "tensorboard"
+        events = self._here / "tensorboard"
         try:
             self._file: TextIO = self._path.open("a", encoding="utf-8")
             self._events = SummaryWriter(os.fspath(make_folder(events)), purge_step=step + 1)
         except OSError as error:
             raise writing_failed(events, error) from None
-        self._online = _wandb_run(wandb, self._path.parent) if wandb else None
+        self._online = _wandb_run(wandb, self._home, self._here) if wandb else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         try:
@@ -50,9 +56,21 @@ class Metrics:
         except OSError as error:
             raise writing_failed(self._path, error) from None
 
+    def keep(self) -> None:
+        """See to it that what was written so far outlives this process, where the run's folder is in a bucket."""
+        if self._here == self._home:
+            return
+        self._events.flush()
+        try:
+            for file in (self._path, *(self._here / "tensorboard").iterdir()):
+                paths.send(file, self._home / file.relative_to(self._here))
+        except OSError as error:
+            raise writing_failed(self._home, error) from None
+
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        self.keep()
         if self._online is not None:
             self._online.finish()
 
@@ -66,9 +84,8 @@ def require_wandb() -> Any:
     return wandb
 
 
-def _wandb_run(project: str, folder: Path) -> Any:
-    """The run of this output folder: the same one after every interruption."""
+def _wandb_run(project: str, folder: Path, files: Path) -> Any:
+    """The run of this output folder: the same one after every interruption. files: where it may keep its own."""
     name = f"{folder.parent.name}/{folder.name}" if folder.name == "clm" else folder.name
-    return require_wandb().init(
-        project=project, id=fingerprint(str(folder.resolve())), name=name, dir=str(folder), resume="allow"
-    )
+    identity = str(folder) if paths.is_remote(folder) else str(folder.resolve())
+    return require_wandb().init(project=project, id=fingerprint(identity), name=name, dir=str(files), resume="allow")

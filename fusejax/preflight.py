@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fusejax import corpus, hub, metrics, models, sharding, tokenizer_files, tokenizers
+from fusejax import corpus, hub, metrics, models, paths, sharding, tokenizer_files, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
@@ -25,6 +25,8 @@ def check(config: Config) -> None:
     """
     if config.wandb is not None:
         metrics.require_wandb()
+    paths.require_checkpoints(config.folder)
+    paths.check(config.folder)
     seen = set()
     for model in (config.target, *config.sources):
         key = (model.model, model.revision, model.bos)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusejax import hub
+from fusejax import hub, paths
 from fusejax.config import CorpusConfig
 from fusejax.errors import UserError
 
@@ -35,7 +35,7 @@ def texts(corpus: CorpusConfig, full: Callable[[str], bool] = lambda domain: Fal
         yield from _records(corpus, *_tfds(corpus, rest))
     elif kind == "huggingface" and rest:
         yield from _records(corpus, *_huggingface(corpus, rest))
-    elif _is_tfds_folder(Path(corpus.path).expanduser()):
+    elif _is_tfds_folder(paths.at(corpus.path).expanduser()):
         yield from _records(corpus, *_tfds_folder(corpus))
     else:
         if corpus.split != "train":
@@ -53,20 +53,29 @@ def files(corpus: CorpusConfig) -> list[tuple[Path, str]]:
 
     A file's domain is its stem; the domain of a text file in a folder is the folder that it lies in.
     """
-    path = Path(corpus.path).expanduser()
+    path = paths.at(corpus.path).expanduser()
+    paths.check(path)
     if not path.exists():
         raise UserError(f"{corpus.path}: no such corpus file or folder")
     if path.is_file():
         if _suffix(path) is None:
             raise UserError(f"{corpus.path}: a corpus file should end in {', '.join(_SUFFIXES)}")
         return [(path, _stem(path))]
-    found = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder, name) for name in names if not name.startswith(".") and _suffix(Path(name))]
+    found = [file for file in _below(path) if _suffix(file)]
     if not found:
         raise UserError(f"{corpus.path}: no documents: this folder holds no file that ends in {', '.join(_SUFFIXES)}")
     return [(file, file.parent.name if _suffix(file) == ".txt" else _stem(file)) for file in sorted(found)]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, at any depth; what is hidden aside. Links to folders are not followed."""
+    for entry in folder.iterdir():
+        if entry.name.startswith(".") or not entry.name:
+            continue
+        if not entry.is_dir():
+            yield entry
+        elif paths.is_remote(entry) or not entry.is_symlink():
+            yield from _below(entry)
 
 
 def _suffix(path: Path) -> str | None:
@@ -115,10 +124,9 @@ def decode(data: bytes, where: str) -> str:
 
 
 def _jsonl(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
-    opener = gzip.open if _suffix(path) == ".jsonl.gz" else open
     number = 0
     try:
-        with opener(path, "rb") as file:
+        with path.open("rb") as raw, gzip.open(raw) if _suffix(path) == ".jsonl.gz" else raw as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 content = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, where).strip()
@@ -143,7 +151,7 @@ def _parquet(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
             wanted = {key: key if key in names else key.split(".")[0] for key in _keys(corpus)}
             for key, column in wanted.items():
@@ -218,7 +226,7 @@ def _is_tfds_folder(path: Path) -> bool:
 def _tfds_folder(corpus: CorpusConfig) -> tuple[Any, str]:
     tfds = _import_tfds(corpus.path)
     try:
-        builder = tfds.builder_from_directory(str(Path(corpus.path).expanduser()))
+        builder = tfds.builder_from_directory(str(paths.at(corpus.path).expanduser()))
         return _source(corpus, builder), builder.name
     except UserError:
         raise

@@ -2,16 +2,20 @@
 
 A *store* is a folder with `manifest.json` and ArrayRecord shards that hold a fixed number of documents each, in
 corpus order, so that record i is found in O(1) and a half-done store goes on at its first missing shard. Shards and
-manifest are written to temporary names and renamed: what has its final name is whole. Every record carries a checksum.
+manifest are written to temporary names and renamed, or sent to a bucket, where nothing is there before it is whole
+(see `fusejax.paths`): what has its final name is whole. Every record carries a checksum.
 """
 
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
 import shutil
+import tempfile
+import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from fusejax import paths
 from fusejax.errors import UserError
 
 FORMAT = 2
@@ -46,21 +51,11 @@ def file_fingerprint(path: str | os.PathLike) -> str:
 
 def write_atomically(path: str | os.PathLike, data: str | bytes, remedy: str = "") -> None:
     """Write a whole file or nothing; a full disk or a read-only folder is a UserError (remedy: `writing_failed`'s)."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
+        with paths.staged(paths.at(path)) as file:
+            file.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
-        _remove(temporary)
         raise writing_failed(path, error, remedy) from None
-
-
-def _remove(path: Path) -> None:
-    """Remove what a failed write left, if it left anything and its folder is one."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
 
 
 def writing_failed(path: str | os.PathLike, error: Exception, remedy: str = "") -> UserError:
@@ -84,7 +79,14 @@ def writing_failed(path: str | os.PathLike, error: Exception, remedy: str = "") 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold an output folder: UserError where another job writes to it. A job's death lets go of it."""
+    """Hold an output folder: UserError where another job writes to it. A job's death lets go of it.
+
+    One in a bucket, where nothing can be held, is only seen to be within reach.
+    """
+    if paths.is_remote(folder):
+        paths.check(paths.at(folder))
+        yield
+        return
     path = make_folder(folder) / ".lock"
     try:
         file = path.open("a+")
@@ -108,6 +110,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 def require_space(folder: str | os.PathLike, size: int) -> None:
     """UserError unless `size` bytes fit on the folder's disk, for libraries that take a full disk badly."""
+    if paths.is_remote(folder):
+        return
     free = shutil.disk_usage(folder).free
     if free < size:
         reason = f"needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
@@ -115,12 +119,14 @@ def require_space(folder: str | os.PathLike, size: int) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> Path:
-    """The folder, made where it is missing; UserError where it cannot be."""
+    """The folder, made where it is missing (a bucket needs none); UserError where it cannot be."""
+    folder = paths.at(path)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        if not paths.is_remote(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise writing_failed(path, error) from None
-    return Path(path)
+    return folder
 
 
 def check_inputs(folder: Path, made_from: Inputs, wanted: Inputs, remedy: str = "") -> None:
@@ -134,7 +140,8 @@ def check_inputs(folder: Path, made_from: Inputs, wanted: Inputs, remedy: str = 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
     """The manifest of a store, None where there is none."""
-    path = Path(folder) / "manifest.json"
+    path = paths.at(folder) / "manifest.json"
+    paths.check(path)
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -154,7 +161,7 @@ class StoreWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, inputs: Inputs, n_records: int, shard_records: int = 64) -> None:
-        self.folder = Path(folder)
+        self.folder = paths.at(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             make_folder(self.folder)
@@ -185,44 +192,43 @@ class StoreWriter:
         """(shard, its record numbers) of every shard that is still to be written."""
         size, total = self._manifest["shard_records"], self._manifest["n_records"]
         spans = [(i, range(start, min(start + size, total))) for i, start in enumerate(range(0, total, size))]
-        return [(i, span) for i, span in spans if not _shard_path(self.folder, i).exists()]
+        there = paths.names(self.folder)
+        return [(i, span) for i, span in spans if _shard_path(self.folder, i).name not in there]
 
     def write(self, shard: int, records: Iterable[Record], note: Mapping[str, Any] | None = None) -> None:
         """Write one shard, whole or not at all; `note` (JSON) is kept beside it, see `notes`."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = _shard_path(self.folder, shard)
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
         start = shard * self._manifest["shard_records"]
         blobs = [_pack(record, number) for number, record in enumerate(records, start)]
-        # The library may abort the process on a full disk, so ask first; the margin covers its framing and padding.
-        require_space(self.folder, sum(map(len, blobs)) + 65536 * (3 + len(blobs) // 64))
         try:
-            with open(temporary, "wb"):  # a folder that cannot be written says so here
-                pass
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")
-            for blob in blobs:
-                writer.write(blob)
-            writer.close()
-            if note is not None:  # first, so that no shard is without its note
-                write_atomically(path.with_suffix(".json"), json.dumps(note))
-            os.replace(temporary, path)
+            with paths.staged(path) as temporary:
+                # The library may abort the process on a full disk, so ask first; the margin covers its framing.
+                require_space(temporary.parent, sum(map(len, blobs)) + 65536 * (3 + len(blobs) // 64))
+                with open(temporary, "wb"):  # a folder that cannot be written says so here
+                    pass
+                writer = ArrayRecordWriter(str(temporary), "group_size:1")
+                for blob in blobs:
+                    writer.write(blob)
+                writer.close()
+                if note is not None:  # first, so that no shard is without its note
+                    write_atomically(path.with_suffix(".json"), json.dumps(note))
         except (OSError, RuntimeError) as error:
-            _remove(temporary)
             raise writing_failed(path, error) from None
 
     def notes(self) -> list[dict[str, Any]]:
         """The notes of all shards, in their order, whichever run wrote them."""
-        paths = sorted(self.folder.glob("[0-9]*.json"))
-        return [json.loads(path.read_text("utf-8")) for path in paths]
+        found = sorted(name for name in paths.names(self.folder) if name[0].isdigit() and name.endswith(".json"))
+        return [json.loads((self.folder / name).read_text("utf-8")) for name in found]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Mark the store complete; `summary` (JSON) stays in its manifest."""
         missing = self.missing()
         if missing:
             raise ValueError(f"{self.folder}: {len(missing)} shards are still missing")
-        for leftover in self.folder.glob(".*.tmp*"):
-            leftover.unlink(missing_ok=True)
+        for leftover in (name for name in paths.names(self.folder) if name.startswith(".") and ".tmp" in name):
+            (self.folder / leftover).unlink(missing_ok=True)
         self._manifest.update(complete=True, summary=dict(summary))
         write_atomically(self.folder / "manifest.json", json.dumps(self._manifest, indent=1))
         self.done = True
@@ -232,7 +238,7 @@ class Store:
     """Random access to a complete store: `store[i]` is record i as {name: array, str or bytes}."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
+        self.folder = paths.at(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise UserError(f"{self.folder}: no store here; run {_maker(self.folder)} first")
@@ -242,7 +248,7 @@ class Store:
         self.summary: dict[str, Any] = manifest["summary"]
         self._n, self._shard_records = manifest["n_records"], manifest["shard_records"]
         self._starts = list(range(0, self._n, self._shard_records))
-        self._readers: dict[int, Any] = {}
+        self._copies = _Copies() if paths.is_remote(self.folder) else None
 
     def __len__(self) -> int:
         return self._n
@@ -256,7 +262,7 @@ class Store:
             raise IndexError(i)
         shard = bisect_right(self._starts, i) - 1
         try:
-            (blob,) = self._reader(shard).read([i - self._starts[shard]])
+            (blob,) = _open_shard(self, shard).read([i - self._starts[shard]])
             return _unpack(blob, i)
         except (ValueError, IndexError, RuntimeError, KeyError) as error:
             raise UserError(
@@ -267,15 +273,43 @@ class Store:
     def __iter__(self) -> Any:
         return (self[i] for i in range(self._n))
 
-    def _reader(self, shard: int) -> Any:
-        if shard not in self._readers:
-            from array_record.python.array_record_module import ArrayRecordReader
-
-            path = _shard_path(self.folder, shard)
+    def shard_file(self, shard: int) -> Path:
+        """A shard's file on this machine; one in a bucket is fetched when it is first asked for."""
+        path = _shard_path(self.folder, shard)
+        if self._copies is None:
             if not path.exists():
                 raise UserError(f"{path}: is missing; remove {self.folder} and run {_maker(self.folder)} again")
-            self._readers[shard] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        return self._readers[shard]
+            return path
+        try:
+            return self._copies.of(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: is missing; run {_maker(self.folder)} again") from None
+        except OSError as error:
+            reason = paths.one_line(error)
+            raise UserError(f"{path}: cannot be fetched to {tempfile.gettempdir()} ({reason})") from None
+
+
+class _Copies:
+    """The files of a bucket that were asked for, on this machine's disk as long as this object lives."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fusejax-")
+        self._lock = threading.Lock()
+
+    def of(self, path: Path) -> Path:
+        copy = Path(self._folder.name) / path.name
+        with self._lock:
+            if not copy.exists():
+                paths.fetch(path, copy)
+        return copy
+
+
+@functools.lru_cache(maxsize=256)
+def _open_shard(store: Store, shard: int) -> Any:
+    """The reader of a shard. So many stay open in all: a process may open about a thousand files."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(store.shard_file(shard)), "readahead_buffer_size:0")
 
 
 def _maker(folder: Path) -> str:

@@ -1,11 +1,11 @@
 """`fusejax inspect STORE --verify`: every checksum of a store, and what must hold of a source's rows."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusejax import paths
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
 from fusejax.source_cache import decode
@@ -35,7 +35,7 @@ def verify(path: str) -> None:
 
 def _problems(store: Store, totals: dict[str, int]) -> Iterator[str]:
     expected = {f"{i:06d}.array_record" for i in range(store.n_shards)}
-    for name in sorted({file.name for file in Path(store.folder).glob("*.array_record")} - expected):
+    for name in sorted({name for name in paths.names(store.folder) if name.endswith(".array_record")} - expected):
         yield f"{store.folder / name}: belongs to no record of the store"
     with progress(f"verify {store.folder.name}", len(store)) as bar:
         for i in range(len(store)):

@@ -1,7 +1,6 @@
 """The stage `align`: row maps of every document and the token table, for each source; then its gold chains."""
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusejax import corpus, hosts, tokenizers
+from fusejax import corpus, hosts, paths, tokenizers
 from fusejax.alignment import cache
 from fusejax.alignment.causes import fallback_causes
 from fusejax.alignment.chain import GoldChain, pack_chain, unpack_chain
@@ -79,7 +78,7 @@ def load_token_table(folder: str | Path) -> "fusion.TokenTable":
 
 def read_token_table(folder: str | Path) -> TokenTable:
     """What the stage left in alignment/<label>. Raises UserError where there is no token table, or a damaged one."""
-    path = Path(folder) / _TABLE
+    path = paths.at(folder) / _TABLE
     try:
         return cache.unpack(path.read_bytes())
     except FileNotFoundError:
@@ -133,7 +132,7 @@ class Pair:
         inputs = self._inputs() | {"cache": fingerprint(cached.inputs)}
         manifest = read_manifest(folder)
         if manifest is not None and manifest["inputs"] != inputs and hosts.index_and_count()[0] == 0:
-            shutil.rmtree(folder)  # the cache was made anew
+            paths.remove_folder(folder)  # the cache was made anew
         hosts.wait_for_all(f"align {self._label}: old chains removed")
         return self._make(": gold chains", folder, inputs, _Chains)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fusejax import corpus, models, sharding, tokenizers, training
+from fusejax import corpus, models, paths, sharding, tokenizers, training
 from fusejax.config import Config, ModelConfig
 from fusejax.evaluation import baselines
 from fusejax.evaluation.ensemble import Member, measure_ensemble
@@ -27,18 +27,24 @@ def run(config: Config) -> None:
         return
     known: dict[str, dict[str, Any]] = {}
     for name, model in _models(config).items():
-        _evaluate(config, name, model, known)
+        if isinstance(model, ModelConfig):
+            _evaluate(config, name, model, model.model, known)
+        else:
+            with paths.local_folder(model, "export") as folder:
+                trained = ModelConfig(model=str(folder), bos=config.target.bos)
+                _evaluate(config, name, trained, str(model), known)
     if "ensemble" in config.evaluation.baselines:
         _evaluate_ensemble(config)
 
 
-def _models(config: Config) -> dict[str, ModelConfig]:
-    """Every model that there is to evaluate, by the name that reports give it."""
-    found = {"target": config.target, **{source.label: source for source in config.sources}}
+def _models(config: Config) -> dict[str, ModelConfig | Path]:
+    """Every model that there is to evaluate, or what was trained its folder, by the name that reports give it."""
+    found: dict[str, ModelConfig | Path] = {"target": config.target}
+    found |= {source.label: source for source in config.sources}
     trained = {name: training.run_folder(config, name) / "export" for name in [*training.runs(config), "clm", "fused"]}
     for name, folder in (trained | baselines.exports(config)).items():
         if folder.is_dir():
-            found[name] = ModelConfig(model=str(folder), bos=config.target.bos)
+            found[name] = folder
     return found
 
 
@@ -69,10 +75,11 @@ def _loader(config: Config, model: ModelConfig) -> Callable[[], models.Decoder]:
     )  # fmt: skip
 
 
-def _evaluate(config: Config, name: str, model: ModelConfig, known: dict[str, dict[str, Any]]) -> None:
+def _evaluate(config: Config, name: str, model: ModelConfig, path: str, known: dict[str, dict[str, Any]]) -> None:
     """Write one model's evaluation/<name>.json, unless it was made from the same inputs.
 
-    known: results by the fingerprint of their inputs; the target that is also a source is evaluated once.
+    path: where the result says that the model is. known: results by the fingerprint of their inputs; the target that is
+    also a source is evaluated once.
     """
     documents = _heldout(config)
     inputs = _inputs(config, model, documents)
@@ -93,7 +100,7 @@ def _evaluate(config: Config, name: str, model: ModelConfig, known: dict[str, di
             name=name,
         )
         known[key] = {"inputs": inputs, **numbers(sums)}
-    write_atomically(_path(config, name), json.dumps({"name": name, "path": model.model, **known[key]}, indent=1))
+    write_atomically(_path(config, name), json.dumps({"name": name, "path": path, **known[key]}, indent=1))
 
 
 def _evaluate_ensemble(config: Config) -> None:

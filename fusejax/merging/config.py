@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusejax import settings
+from fusejax import paths, settings
 from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.merge_keys import NORMALIZED, SPARSE, WITH_BASE, MergeKeys
 
@@ -72,6 +72,13 @@ class MergeConfig(MergeKeys):
     @property
     def folder(self) -> Path:
         return Path(self.output)
+
+    @field_validator("output")
+    @classmethod
+    def _is_no_address(cls, output: str) -> str:
+        if paths.is_remote(output):
+            raise ValueError(f"merged models are written to folders, not to {output}")
+        return output
 
 
 def _advice(method: str) -> str:

@@ -92,6 +92,8 @@ class Loop:
                     stop = notice.came()
                     if stop or (step + 1) % self._config.checkpoint.every == 0 or step + 1 == self._total:
                         note = self._flush(log)
+                        if log is not None:
+                            log.keep()  # a run that goes on from the checkpoint has the metrics up to it
                         self._save(step + 1, state)
                     bar.advance(1, note)
                     if stop:

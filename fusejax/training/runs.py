@@ -2,12 +2,11 @@
 
 import functools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import fusejax
-from fusejax import corpus, models, store, tokenizers
+from fusejax import corpus, models, paths, store, tokenizers
 from fusejax.config import Config
 from fusejax.errors import UserError
 from fusejax.source_cache import SourceCache
@@ -104,4 +103,4 @@ def forget(folder: Path) -> None:
     for name in ("training.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        paths.remove_folder(folder / name)
