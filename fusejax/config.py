@@ -357,9 +357,10 @@ class Config(Section):
             "fusion.kind: 'pairwise'": self.fusion.kind == "pairwise",
             "evaluation.baselines: all but 'ensemble'": bool(set(self.evaluation.baselines) - {"ensemble"}),
         }
-        key = next((key for key, used in uses.items() if used), None)
-        if key is not None and paths.is_remote(self.folder):
-            raise ValueError(f"{key}: needs an `output` on this machine, not {self.output}")
+        in_a_bucket = paths.is_remote(self.folder)
+        for key, used in uses.items():
+            if used and in_a_bucket:
+                raise ValueError(f"{key}: needs an `output` on this machine, not {self.output}")
 
     def _check_batch(self) -> None:
         if -1 in (self.mesh.data, self.mesh.fsdp):
