@@ -1,6 +1,4 @@
-"""The Pallas kernels and cuDNN's attention on the card itself, against the dense float64 definitions."""
-
-import dataclasses
+"""The loss and the top-k on the card itself, against the dense float64 definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +7,7 @@ import pytest
 from fusejax.kernels.fusion_loss import reference
 from fusejax.kernels.topk_unembed import topk_unembed
 
-from fusejax import loss, models
-from fusejax.models import attention
-from fusejax.models.attention import Backend, Features, Tokens
+from fusejax import loss
 
 VARIANTS = [
     {"kind": "ce", "tail": "tail"},
@@ -80,49 +76,3 @@ def test_topk():
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_array_equal(out.ids, np.argsort(-logprobs, -1, kind="stable")[:, :10])
     np.testing.assert_allclose(out.logprobs, np.take_along_axis(logprobs, np.asarray(out.ids), -1), atol=1e-5)
-
-
-B, L, N, G, K = 2, 384, 8, 2, 64
-SEGMENTS = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [100, 151, 69, 64], axis=1)
-
-
-@pytest.mark.parametrize("window", [None, 48])
-@pytest.mark.parametrize("packed", [False, True])
-def test_cudnn_attention(window, packed):
-    """Outputs and gradients within bfloat16's own distance from float32; no document reaches another."""
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(B, L, heads, K)).astype(np.float32) for heads in (N, G, G)]
-    segments = jnp.asarray(SEGMENTS) if packed else None
-    positions = attention.segment_positions(jnp.asarray(SEGMENTS) if packed else jnp.ones((B, L), jnp.int32))
-    tokens, features = Tokens.of(positions, segments), Features(K**-0.5, window=window)
-
-    def out(name, dtype):
-        def summed(*qkv):
-            mixed = attention.attend(*qkv, tokens, tokens, features, Backend(name))
-            return jnp.sin(mixed.astype(jnp.float32)).sum(), mixed
-
-        run = jax.jit(jax.value_and_grad(summed, (0, 1, 2), has_aux=True))
-        (_, mixed), gradients = run(*(jnp.asarray(x, dtype) for x in arrays))
-        return [np.float32(x) for x in (mixed, *gradients)]
-
-    with jax.default_matmul_precision("highest"):
-        exact = out("xla", jnp.float32)
-    for mine, plain, true in zip(out("cudnn", jnp.bfloat16), out("xla", jnp.bfloat16), exact, strict=True):
-        assert np.abs(mine - true).max() <= 2 * np.abs(plain - true).max() + 1e-3 * np.abs(true).max()
-    assert attention.choose(jnp.zeros((B, L, N, K), jnp.bfloat16), tokens, features, Backend()) == "cudnn"
-
-
-def test_a_packed_document_in_a_model_with_cudnn():
-    """Perturbing one document leaves the other's hidden states as they are, bit for bit."""
-    config = models.DecoderConfig(
-        vocab_size=512, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, d_mlp=512, max_length=256,
-        rotary_dim=64,
-    )  # fmt: skip
-    model = models.Decoder(dataclasses.replace(config), jnp.bfloat16, attention="cudnn")
-    ids = np.random.default_rng(0).integers(0, 512, (1, 256)).astype(np.int32)
-    segments = np.repeat([[1, 2]], [100, 156], axis=1)
-    other = ids.copy()
-    other[0, :100] = (other[0, :100] + 7) % 512
-    first, second = (np.float32(model.hidden(jnp.asarray(x), segments)) for x in (ids, other))
-    np.testing.assert_array_equal(first[0, 100:], second[0, 100:])
-    assert np.any(first[0, :100] != second[0, :100])
