@@ -20,6 +20,7 @@ from fusejax.errors import UserError
 from fusejax.progress import progress, say
 from fusejax.scoring import Scores
 from fusejax.sources import Note, finish, inputs, shard_records
+from fusejax.splitting import room
 from fusejax.store import Store, StoreWriter
 from fusejax.tokenizers import Tokenizer
 
@@ -54,7 +55,7 @@ def run(dataset: str, config: Config, name: str) -> None:
     k = source.top_k or config.cache.top_k
     with progress(f"import {name}", len(tokens)) as bar:
         for shard, span in writer.missing():
-            note, records = Note(), []
+            note, records = Note(room(tokenizer, config.max_length)), []
             for i in span:
                 scores = _scores(dataset, rows[found[i]], k, tokenizer.vocab_size, tokenizer)
                 records.append(note.record(i, scores, tokenizer.vocab_size, config.cache.values))

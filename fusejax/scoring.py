@@ -212,7 +212,7 @@ class Scorer:
         instead of the k largest entries, `Scores.ids` is as many draws, and `logprobs` has no columns. implementation:
         of `topk_unembed`. batch_tokens: of a batch; None: as many as the devices have memory for, see `_fitting`.
         """
-        self._max_length, self._mesh = max_length, mesh
+        self.max_length, self._mesh = max_length, mesh
         self._row_multiple = sharding.batch_shards(mesh)
         structure, self._state = nnx.split(model)
         self._known: int = model.config.vocab_size
@@ -247,7 +247,7 @@ class Scorer:
             for number, (line, labels) in enumerate(zip(group.inputs, group.labels, strict=True), group.first):
                 check_ids(line, self._known, f"document {number}")
                 check_ids(np.maximum(labels, 0), self._known, f"document {number}")  # -1: nothing to predict
-            for batch in plan(lengths, self._max_length, self.batch_tokens, self._row_multiple):
+            for batch in plan(lengths, self.max_length, self.batch_tokens, self._row_multiple):
                 running.append((group.name, batch, self._start(batch, group), lengths))
                 if len(running) > _AHEAD:
                     done, *rest = running.popleft()
@@ -266,17 +266,17 @@ class Scorer:
         if free is None:
             return _UNKNOWN_TOKENS
         sharding_B = sharding.batch_sharding(self._mesh)
-        line_BL = jax.ShapeDtypeStruct((self._row_multiple, self._max_length), jnp.int32, sharding=sharding_B)
+        line_BL = jax.ShapeDtypeStruct((self._row_multiple, self.max_length), jnp.int32, sharding=sharding_B)
         number_B = jax.ShapeDtypeStruct((self._row_multiple,), jnp.int32, sharding=sharding_B)
         inputs = (line_BL, line_BL, *([number_B] if self._numbered else []))
         jitted: Any = self._program.func
         needed = jitted.lower(*self._program.args, self._state, *inputs).compile().memory_analysis()
         per_row = needed.temp_size_in_bytes + (_AHEAD + 1) * needed.output_size_in_bytes
-        most = max(_MOST_TOKENS // self._max_length, 1)
+        most = max(_MOST_TOKENS // self.max_length, 1)
         rows = int(np.clip(_SHARE * free // max(per_row, 1), 1, most))
         if self._mesh.is_multi_process:  # all run the same batches
             rows = int(multihost_utils.process_allgather(np.int32(rows)).min())
-        return rows * self._row_multiple * self._max_length
+        return rows * self._row_multiple * self.max_length
 
     def _start(self, batch: Batch, group: Group) -> Any:
         ids_BL = np.zeros((batch.rows, batch.length), np.int32)

@@ -31,6 +31,7 @@ from fusejax.errors import UserError
 from fusejax.progress import progress, say
 from fusejax.scoring import Draws, Group, Scorer, Scores, check_fits, inputs_and_labels
 from fusejax.source_cache import Record, Values, entries, folder_of, holds_more, sampled_record, topk_record
+from fusejax.splitting import room
 from fusejax.store import Store, StoreWriter, fingerprint, read_manifest
 from fusejax.tokenizers import Tokenizer
 
@@ -110,6 +111,9 @@ def _with_its_entries(config: Config, source: ModelConfig) -> ModelConfig:
 def finish(source: ModelConfig, tokens: Store, writer: StoreWriter, more: Mapping[str, str] | None = None) -> None:
     """Mark a cache complete, with counts and versions in its manifest."""
     counts = _total(writer.notes())
+    odd = {"empty": "empty", "one_token": "of one token", "full": "as long as max_length"}
+    said = ", ".join(f"{counts[key]} {what}" for key, what in odd.items() if counts[key])
+    say(f"source {source.label}: {counts['rows']} rows of {len(tokens)} documents" + (f" ({said})" if said else ""))
     if counts["broken"]:
         say(
             f"source {source.label}: gave values that are not numbers on {counts['broken']} of {len(tokens)} "
@@ -122,7 +126,7 @@ def finish(source: ModelConfig, tokens: Store, writer: StoreWriter, more: Mappin
 
 def _total(notes: list[dict[str, Any]]) -> dict[str, Any]:
     """The shards' counts added up, and the first broken document's id."""
-    totals = {name: sum(note[name] for note in notes) for name in ("rows", "empty", "one_token", "broken")}
+    totals = {name: sum(note[name] for note in notes) for name in ("rows", "empty", "one_token", "full", "broken")}
     totals["width"] = max((note["width"] for note in notes), default=0)
     first = next((note["first_broken"] for note in notes if note["first_broken"]), None)
     return totals | ({"first_broken": first} if first else {})
@@ -193,7 +197,7 @@ def write_rows(
         groups = (Group(shard, *_lines(tokens, span, tokenizer), span.start) for shard, span in todo)
         for (shard, span), (_, results) in zip(todo, groupby(scorer.stream(groups), itemgetter(0)), strict=True):
             records: list[Record] = [{} for _ in span]
-            note = Note()
+            note = Note(room(tokenizer, scorer.max_length))
             for _, places, all_scores in results:
                 for place, scores in zip(places, all_scores, strict=True):
                     text_rows = Scores(*(array[front:] for array in scores))
@@ -218,8 +222,10 @@ def _lines(tokens: Store, span: range, tokenizer: Tokenizer) -> tuple[list[np.nd
 class Note:
     """Counts over a shard's documents."""
 
-    def __init__(self) -> None:
-        self._documents = self._rows = self._empty = self._one_token = 0
+    def __init__(self, most: int) -> None:
+        """most: text tokens of a document that is as long as max_length."""
+        self._most = most
+        self._documents = self._rows = self._empty = self._one_token = self._full = 0
         self._broken: list[int] = []
         self._width = 0
 
@@ -229,6 +235,7 @@ class Note:
         self._documents += 1
         self._empty += n == 0
         self._one_token += n == 1
+        self._full += n == self._most
         if scores.broken:
             self._broken.append(document)
             scores = Scores(*(array[:0] for array in scores))
@@ -253,6 +260,7 @@ class Note:
             "width": self._width,
             "empty": self._empty,
             "one_token": self._one_token,
+            "full": self._full,
             "broken": len(self._broken),
             "first_broken": first,
         }

@@ -2,7 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import MAX_LENGTH, TEXTS
+from conftest import MAX_LENGTH, TEXTS, write_documents
 from flax import nnx
 
 from fusejax import models, sources
@@ -122,7 +122,7 @@ def test_a_damaged_shard_that_was_removed_is_made_again(make_job, small_shards):
 def test_another_text_or_setting_is_named(make_job):
     sources.run(make_job())
     with pytest.raises(UserError, match="was made with other settings: top_k"):
-        sources.run(make_job(cache={"top_k": 4}))
+        sources.run(make_job(cache={"top_k": 6}))
     job = make_job()
     shutil.rmtree(job.folder / "data")
     with pytest.raises(UserError, match="was made with other settings: text"):
@@ -175,6 +175,47 @@ def test_a_document_without_numbers_is_counted_and_poisons_no_other(make_job, br
         np.testing.assert_array_equal(right[i]["ids"], wrong[i]["ids"])
         np.testing.assert_allclose(right[i]["logprobs"], wrong[i]["logprobs"], atol=1e-3)
     assert len(wrong[10]["ce"]) == 0 < len(right[10]["ce"])
+
+
+def test_odd_documents_are_counted_and_leave_the_others_alone(make_job, tiny_models, broken_embedding, capsys):
+    tokenizer = Tokenizer.load(tiny_models["coarse"])
+    full = next(text for n in range(400) if len(tokenizer.encode(text := "z" * n)[0]) == MAX_LENGTH - 1)
+    plain = TEXTS["prose"][:2] + TEXTS["code"][:2]
+    source = [{"model": tiny_models["coarse"], "name": "coarse"}]
+    alone = make_job("alone", texts={"a": plain}, sources=source)
+    odd = make_job("odd", texts={"a": [plain[0], "", plain[1], "x", full, plain[2], "class", plain[3]]}, sources=source)
+    sources.run(alone)
+    capsys.readouterr()
+    broken_embedding("class")
+    sources.run(odd)
+    said = capsys.readouterr().out
+    assert "rows of 8 documents (1 empty, 1 of one token, 1 as long as max_length)" in said
+    assert "gave values that are not numbers on 1 of 8 documents, the first being document6" in said
+    right, wrong = (SourceCache(job.folder / "sources/coarse") for job in (alone, odd))
+    counted = {key: wrong.summary[key] for key in ("empty", "one_token", "full", "broken", "first_broken")}
+    assert counted == {"empty": 1, "one_token": 1, "full": 1, "broken": 1, "first_broken": "document6"}
+    assert [len(rows["ce"]) for rows in wrong][1::2] == [0, 1, len(right[2]["ce"]), len(right[3]["ce"])]
+    assert (len(wrong[4]["ce"]), len(wrong[6]["ce"])) == (MAX_LENGTH - 1, 0)
+    for i, j in enumerate((0, 2, 5, 7)):
+        np.testing.assert_array_equal(right[i]["ids"], wrong[j]["ids"])
+        np.testing.assert_allclose(right[i]["logprobs"], wrong[j]["logprobs"], atol=1e-3)
+
+
+def test_no_bos_where_none_is_wanted(make_job, tiny_models):
+    """`bos: never` is another cache than the tokenizer's own way, with as many rows."""
+    caches = []
+    for name, bos in (("with", "auto"), ("without", "never")):
+        job = make_job(name, sources=[{"model": tiny_models["fine"], "name": "fine", "bos": bos}])
+        fingerprint = Tokenizer.load(tiny_models["fine"], bos=bos).fingerprint
+        tokens = job.folder / "data/train/tokens"
+        if not (tokens / fingerprint).exists():
+            write_documents(job.folder / "data/train", TEXTS, [Tokenizer.load(tiny_models["fine"], bos=bos)])
+        sources.run(job)
+        caches.append(SourceCache(job.folder / "sources/fine"))
+    ones, others = caches
+    assert ones.summary["rows"] == others.summary["rows"]
+    assert ones.inputs["tokenizer"] != others.inputs["tokenizer"]
+    assert any((one["ids"] != other["ids"]).any() for one, other in zip(ones, others, strict=True))
 
 
 def test_sampled_rows_are_draws_whatever_the_batch(make_job, tiny_models):

@@ -40,6 +40,16 @@ def test_equals_a_dense_computation(implementation, block, vocab_size):
     np.testing.assert_allclose(out.ce, ce, atol=1e-5)
 
 
+@pytest.mark.parametrize("V", [32000, 50257, 50432, 151936, 262144])
+def test_real_vocabularies(V):
+    hidden, table, labels = inputs(T=3, D=4, V=V)
+    out = topk_unembed(hidden, table, labels, k=10, implementation="xla")
+    ids, logprobs, _, ce = dense(hidden, table, np.asarray(labels), 10, V)
+    np.testing.assert_array_equal(out.ids, ids)
+    np.testing.assert_allclose(out.logprobs, logprobs, atol=1e-5)
+    np.testing.assert_allclose(out.ce, ce, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_scale_and_logit_cap(implementation):
     hidden, table, labels = inputs()
