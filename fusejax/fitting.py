@@ -5,6 +5,7 @@ those whose arguments and least temporaries are too much by themselves are left 
 is compiled that should fit by what earlier compilations needed beyond that least.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ _BANDWIDTH = 1e11  # bytes a second that a device sends; a round number, only to
 class Stage:
     """A part of a job that is one program.
 
-    name: `train`, or the source's label. call: the program and its arguments under a configuration. least: bytes on
-    each device that its temporaries cannot do without. variants: other configurations, the quickest first.
+    name: `train`, or the source's label. call: the program and its arguments under a configuration. arguments: their
+    bytes on each device. least: those that its temporaries cannot do without. variants: other configurations, the
+    quickest first.
     """
 
     name: str
     shape: models.DecoderConfig
     call: Callable[[Config], Call]
+    arguments: Callable[[Config], int]
     least: Callable[[Config], int]
     variants: Callable[[Config], list[Config]]
 
@@ -67,7 +70,7 @@ def search(
     """The first variant found that fits; None where none does by shapes alone, or in so many tries or so much time."""
     began, factor = time.monotonic(), _factor(stage, failed)
     candidates = [
-        Candidate(config, stage.call(config).argument_bytes, stage.least(config))
+        Candidate(config, stage.arguments(config), stage.least(config))
         for config in stage.variants(failed.config)
         if config != failed.config
     ]
@@ -101,7 +104,7 @@ def _factor(stage: Stage, outcome: Outcome) -> float:
     """How often the least temporaries a program needed, at least 1."""
     if outcome.needed is None:
         return 1.0
-    beyond = outcome.needed - stage.call(outcome.config).argument_bytes
+    beyond = outcome.needed - stage.arguments(outcome.config)
     return max(1.0, beyond / max(stage.least(outcome.config), 1))
 
 
@@ -125,19 +128,24 @@ def training(config: Config, shapes: dict[str, models.DecoderConfig], devices: S
     def call(config: Config) -> Call:
         return aot.train_call(config, shape, devices, source_vocabularies=tables)
 
+    @functools.cache
+    def held(mesh: MeshConfig) -> tuple[int, int]:
+        """(bytes of the arguments, of the trained parameters), whatever the microbatch and remat."""
+        arguments = call(config.model_copy(update={"mesh": mesh})).arguments
+        return aot.shard_bytes(arguments), aot.shard_bytes(arguments[0]["params"])
+
     def least(config: Config) -> int:
         """The gradients, and what the layers leave for the backward pass."""
-        gradients = aot.shard_bytes(call(config).arguments[0]["params"])
         mesh = sharding.job_mesh(config, shape, devices)
         rows = (config.batch.microbatch or config.batch.sequences) // sharding.batch_shards(mesh)
         kept = _kept_per_token(config, shape, mesh.shape["tensor"])
-        return gradients + rows * config.max_length * shape.n_layers * kept
+        return held(config.mesh)[1] + rows * config.max_length * shape.n_layers * kept
 
     def variants(config: Config) -> list[Config]:
         found = list(_training_variants(config, shape, len(devices), sharding.slices_of(devices)[0]))
         return sorted(found, key=lambda other: _seconds(other, shape, devices))
 
-    return Stage("train", shape, call, least, variants)
+    return Stage("train", shape, call, lambda config: held(config.mesh)[0], least, variants)
 
 
 def _kept_per_token(config: Config, shape: models.DecoderConfig, tensor: int) -> int:
@@ -202,7 +210,7 @@ def source(config: Config, label: str, shapes: dict[str, models.DecoderConfig], 
                 found.append(config.cache.model_copy(update={"batch_tokens": tokens, "mesh": mesh}))
         return [config.model_copy(update={"cache": cache}) for cache in found]
 
-    return Stage(label, shape, call, least, variants)
+    return Stage(label, shape, call, lambda config: call(config).argument_bytes, least, variants)
 
 
 def checked_mesh(config: Config, shape: models.DecoderConfig, devices: Sequence[Any], name: str) -> MeshConfig:

@@ -102,7 +102,8 @@ def _compile(stage: Stage, config: Config, available: int, options: Options) -> 
     """(what the configuration as it is comes to, what fits: itself, another one, or None)."""
     say(f"{stage.name}: compiling for {options.topology}, which may take minutes")
     first = fitting.try_one(stage, config, available)
-    if first.fits:
+    if first.fits and first.program is not None:
+        say(f"{stage.name}: fits, with {_gib(first.needed)} at the peak; compiled in {first.program.seconds:.0f} s")
         return first, first
     say(f"{stage.name}: {first.reason or 'does not fit: needs ' + _gib(first.needed)}")
     return first, fitting.search(stage, first, available, options.tries, 60 * options.minutes, say)

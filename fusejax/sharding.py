@@ -56,17 +56,24 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
             f"mesh: data x fsdp x tensor = {_product(shape)} takes {needed} of the {len(devices)} "
             f"devices of {jax.process_count()} processes; it should take all"
         )
+    return _laid_out(shape, devices[:needed])
+
+
+def _laid_out(shape: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """The mesh of exactly these devices, neighbours along its last axes being near each other."""
     axis_types = (AxisType.Auto,) * len(AXES)
-    slices, by_process = slices_of(devices[:needed])
+    slices, by_process = slices_of(devices)
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices[:needed])
+        # jax.make_mesh does not split a TPU's physical axes, so 32 x 2 chips of 4 x 4 x 4 would be none of its meshes.
+        ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(ordered, AXES, axis_types=axis_types)
     outer, left = [], slices
     for size in shape:
         outer.append(math.gcd(size, left))
         left //= outer[-1]
     inner = [size // n for size, n in zip(shape, outer, strict=True)]
     ordered = mesh_utils.create_hybrid_device_mesh(
-        inner, outer, devices[:needed], process_is_granule=by_process, allow_split_physical_axes=True
+        inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
     )
     return Mesh(ordered, AXES, axis_types=axis_types)
 
@@ -246,8 +253,7 @@ def local_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None =
         return make_mesh(config)
     devices = jax.local_devices() if devices is None else devices
     tensor = config.tensor if config and config.tensor > 0 and len(devices) % config.tensor == 0 else 1
-    shape = (1, len(devices) // tensor, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return _laid_out((1, len(devices) // tensor, tensor), devices)
 
 
 def sources_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:

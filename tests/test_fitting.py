@@ -118,7 +118,7 @@ def machine(memory, factor=2.0, refuses=True):
         return [job.model_copy(update={"batch": job.batch.model_copy(update={"microbatch": n})}) for n in sizes]
 
     shape = models.decoder_config(published.CONFIGS["meta-llama/Llama-2-7b-hf"])
-    return fitting.Stage("train", shape, Call, least, variants), compiled
+    return fitting.Stage("train", shape, Call, lambda _: 4 * GIB, least, variants), compiled
 
 
 @pytest.mark.parametrize("refuses", [True, False])
