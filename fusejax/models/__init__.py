@@ -52,11 +52,15 @@ def load(
     unroll: int = 1,
     attention: AttentionBackend = "auto",
 ) -> Decoder:
-    """The model of a Hugging Face folder or hub name.
+    """The model of a Hugging Face folder or hub name, a Flax NNX module; its family is what config.json says.
 
-    `dtype` is that of the parameters, `compute_dtype` that of the activations (float32 or bfloat16); the rest as in
-    `Decoder`. With a mesh every parameter goes straight to its shards. Raises UserError for what is missing, unknown or
-    not supported, naming the file and the key or tensor.
+        model = fusejax.load("path/or/hub-name")
+        logits = model(ids)  # ids int32 [B, L], from 0 to model.config.vocab_size - 1 → float32 [B, L, V]
+
+    mesh: every parameter goes straight to its shards there, laid out by its declaration; default: one device. dtype: of
+    the parameters, compute_dtype: of the activations, float32 or bfloat16 each; logits are float32 always. revision: of
+    a hub name. remat, unroll, attention: see `Decoder`. The host holds one tensor at a time, whatever the model's size.
+    Raises UserError for what is missing, unknown or not supported, naming the file and the key or tensor.
     """
     for name, value in (("dtype", dtype), ("compute_dtype", compute_dtype)):
         if not _is_float(value):
