@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     base = config.load(options.config, options.overrides)
     variants = read_variants(options, base.folder)
+    if options.table:
+        write_table(base.folder, variants, options.markdown, options.json)
+        return
     for variant in variants:
         share(base, variant.job)
     if not options.helper:
@@ -90,6 +93,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--points", type=int, default=1, metavar="N", help="times at which a run is measured (default 1)"
     )
     parser.add_argument("--align", action="store_true", help="make the alignments, and nothing else")
+    parser.add_argument("--table", action="store_true", help="make the table of what is done, and nothing else")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     parser.add_argument("--json", metavar="FILE", help="write all results there")
     parser.add_argument("--helper", action="store_true", help=argparse.SUPPRESS)
