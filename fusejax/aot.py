@@ -106,6 +106,18 @@ def topology(name: str, slices: int = 1) -> Sequence[Any]:
     raise UserError(f"topology {name!r}: known machines are {', '.join(TPUS)} and h100")
 
 
+def one_process(name: str, devices: Sequence[Any]) -> Sequence[Any]:
+    """The devices of one of a machine's processes, as a machine of their own, since libtpu compiles for whole ones."""
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    if len(own) == len(devices):
+        return devices
+    kind = name.partition(":")[0]
+    if kind == "h100":
+        return topology(f"h100:{len(own)}")
+    shape = [len({device.coords[axis] for device in own}) for axis in range(3)]
+    return topology(f"{kind}:{'x'.join(map(str, shape if kind in ('v4', 'v5p') else shape[:2]))}")
+
+
 def _tpu(name: str, slices: int) -> Sequence[Any]:
     try:
         import libtpu  # noqa: F401
@@ -224,13 +236,19 @@ def train_call(
 
 
 def source_call(
-    config: Config, source: ModelConfig, model_config: models.DecoderConfig, devices: Sequence[Any]
+    config: Config,
+    source: ModelConfig,
+    model_config: models.DecoderConfig,
+    devices: Sequence[Any],
+    own: Sequence[Any] | None = None,
 ) -> Call:
-    """The program that caches a source, of its longest batches, for the first process of `devices`.
+    """The program that caches a source, of its longest batches.
 
-    Without `cache.batch_tokens` the batch is the smallest one, which says whether a larger one may be chosen.
+    own: the devices of one of several processes, see `one_process`; default: there is one process. Without
+    `cache.batch_tokens` the batch is the smallest one, which says whether a larger one may be chosen.
     """
-    mesh = sharding.sources_mesh(config, devices)
+    alone = own is None or len(own) == len(devices) or config.cache.mesh == "job"
+    mesh = sharding.make_mesh(config.mesh, devices) if alone else sharding.local_mesh(config.mesh, own)
     compute = jnp.dtype(config.precision.compute)
     model = models.Decoder(model_config, compute, attention=config.attention, mesh=mesh)
     graphdef, _ = nnx.split(model)

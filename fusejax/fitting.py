@@ -187,13 +187,19 @@ def _seconds(config: Config, shape: models.DecoderConfig, devices: Sequence[Any]
     return arithmetic + sent / _BANDWIDTH
 
 
-def source(config: Config, label: str, shapes: dict[str, models.DecoderConfig], devices: Sequence[Any]) -> Stage:
-    """The forward pass of a source on these devices."""
+def source(
+    config: Config,
+    label: str,
+    shapes: dict[str, models.DecoderConfig],
+    devices: Sequence[Any],
+    own: Sequence[Any],
+) -> Stage:
+    """The forward pass of a source on these devices, or under `cache.mesh: process` on a process' own."""
     model = next(source for source in config.sources if source.label == label)
     shape = shapes[model.model]
 
     def call(config: Config) -> Call:
-        return aot.source_call(config, model, shape, devices)
+        return aot.source_call(config, model, shape, devices, own)
 
     def least(config: Config) -> int:
         """The states of a batch, twice."""

@@ -37,7 +37,8 @@ def show(config: Config, options: Options) -> None:
     if tokens != tokens:
         say(f"tokens of the corpus: {known_by}")
     found = []
-    for stage in _stages(config, shapes, devices, options.only):
+    own = aot.one_process(options.topology, devices)
+    for stage in _stages(config, shapes, devices, own, options.only):
         first, fitted = _compile(stage, config, available, options)
         found.append(describe(stage, config, first, fitted, devices, available, tokens, options.mfu))
     about = {
@@ -54,42 +55,49 @@ def show(config: Config, options: Options) -> None:
 
 
 def model_shapes(config: Config, given: Sequence[str] = ()) -> dict[str, models.DecoderConfig]:
-    """The shape of each model of a job, by name: from NAME=FILE, what is here, published sizes, or the hub.
+    """The shape of each model of a job, by name: from NAME=LIKE, what is here, published sizes, or the hub.
 
     Raises UserError for a NAME that the job does not have, and where nothing says a model's shape.
     """
     everyone = (config.target, *config.sources)
-    paths = _given_paths(everyone, given)
-    return {model.model: _shape(model, paths.get(model.model)) for model in everyone}
+    likes = _given_likes(everyone, given)
+    return {model.model: _shape(model, likes.get(model.model)) for model in everyone}
 
 
-def _given_paths(everyone: Sequence[ModelConfig], given: Sequence[str]) -> dict[str, str]:
+def _given_likes(everyone: Sequence[ModelConfig], given: Sequence[str]) -> dict[str, str]:
     names = {name: model.model for model in everyone for name in (model.model, model.label)}
-    paths = {}
+    likes = {}
     for option in given:
-        name, equals, path = option.partition("=")
+        name, equals, like = option.partition("=")
         if not equals or name not in names:
-            raise UserError(f"--shape {option}: should be NAME=FILE with one of {', '.join(sorted(names))}")
-        paths[names[name]] = path
-    return paths
+            raise UserError(f"--shape {option}: should be NAME=LIKE, NAME one of {', '.join(sorted(names))}")
+        likes[names[name]] = like
+    return likes
 
 
-def _shape(model: ModelConfig, path: str | None) -> models.DecoderConfig:
-    if path is not None:
-        return models.decoder_config(files.read_json(Path(path).expanduser()), path)
+def _shape(model: ModelConfig, like: str | None) -> models.DecoderConfig:
+    if like is not None:
+        path = Path(like).expanduser()
+        if path.is_file():
+            return models.decoder_config(files.read_json(path), like)
+        return _shape(ModelConfig(model=like), None)
     shape, _ = plan.known_shape(model)
     if shape is not None:
         return shape
     try:
         return models.read_config(model.model, model.revision)[1]
     except UserError as error:
-        raise UserError(f"{error}; or name its config.json: --shape {model.model}=FILE") from None
+        raise UserError(f"{error}; or name its config.json, or a model like it: --shape {model.model}=LIKE") from None
 
 
 def _stages(
-    config: Config, shapes: dict[str, models.DecoderConfig], devices: Sequence[Any], only: Sequence[str]
+    config: Config,
+    shapes: dict[str, models.DecoderConfig],
+    devices: Sequence[Any],
+    own: Sequence[Any],
+    only: Sequence[str],
 ) -> list[Stage]:
-    stages = [fitting.source(config, source.label, shapes, devices) for source in config.sources]
+    stages = [fitting.source(config, source.label, shapes, devices, own) for source in config.sources]
     stages.append(fitting.training(config, shapes, devices))
     names = [stage.name for stage in stages]
     for name in only:

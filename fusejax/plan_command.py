@@ -13,7 +13,8 @@ class Options:
     """What the command line says of a machine.
 
     mfu: share of the peak that the estimate assumes. tries, minutes: bounds of the search for what fits, each stage.
-    only: names of stages; (): all. shape: NAME=FILE, the config.json of a model that is not here. json: a file.
+    only: names of stages; (): all. shape: NAME=LIKE, where LIKE is a config.json
+    or another model, for models that are not here. json: a file.
     """
 
     topology: str
@@ -43,7 +44,10 @@ def add_parser(commands: Any) -> Any:
     group.add_argument("--minutes", type=float, metavar="M", help="no new one after so long, each stage (default 30)")
     group.add_argument("--only", action="append", metavar="STAGE", help="`train` or a source's name; may be repeated")
     group.add_argument(
-        "--shape", action="append", metavar="NAME=FILE", help="the config.json of a model that is not here; repeatable"
+        "--shape",
+        action="append",
+        metavar="NAME=LIKE",
+        help="for a model that is not here: a config.json, or a model like it",
     )
     group.add_argument("--json", metavar="FILE", help="write all numbers there")
     return parser

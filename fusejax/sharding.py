@@ -256,17 +256,9 @@ def local_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None =
     return _laid_out((1, len(devices) // tensor, tensor), devices)
 
 
-def sources_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """What a source is laid out over: this process' own devices, or under `cache.mesh: job` those of all processes.
-
-    devices: of another machine, the first of whose processes is meant then.
-    """
-    if config.cache.mesh == "job":
-        return make_mesh(config.mesh, devices)
-    if devices is None:
-        return local_mesh(config.mesh)
-    own = [device for device in devices if device.process_index == devices[0].process_index]
-    return local_mesh(config.mesh, own) if len(own) < len(devices) else make_mesh(config.mesh, devices)
+def sources_mesh(config: Config) -> Mesh:
+    """What a source is laid out over: this process' own devices, or under `cache.mesh: job` those of all processes."""
+    return make_mesh(config.mesh) if config.cache.mesh == "job" else local_mesh(config.mesh)
 
 
 def whole_mesh() -> Mesh:

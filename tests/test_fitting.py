@@ -56,7 +56,9 @@ def test_a_shape_may_be_given(tmp_path, job):
     found = machine_plan.model_shapes(job, [f"mpt-7b={path}"])
     assert found["mosaicml/mpt-7b"].d_model == 512
     assert found["meta-llama/Llama-2-7b-hf"].d_model == 4096
-    with pytest.raises(UserError, match="should be NAME=FILE with one of"):
+    alike = machine_plan.model_shapes(job, ["meta-llama/Llama-2-7b-hf=EleutherAI/pythia-1b"])
+    assert alike["meta-llama/Llama-2-7b-hf"].d_model == 2048
+    with pytest.raises(UserError, match="should be NAME=LIKE, NAME one of"):
         machine_plan.model_shapes(job, [f"other={path}"])
 
 
@@ -64,7 +66,7 @@ def test_a_model_of_which_nothing_is_known(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     unknown = config.validate({"target": "someone/nothing-7b", "corpus": {"path": "c"}})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="--shape someone/nothing-7b=FILE"):
+    with pytest.raises(UserError, match="--shape someone/nothing-7b=LIKE"):
         machine_plan.model_shapes(unknown)
 
 
@@ -244,13 +246,13 @@ def write_plan_job(tmp_path):
 
 def test_a_stage_that_the_job_has_not(job, eight):
     with pytest.raises(UserError, match="--only other: the job's stages are mpt-7b, train"):
-        machine_plan._stages(job, shapes(job), eight, ["other"])
-    names = [stage.name for stage in machine_plan._stages(job, shapes(job), eight, ["train"])]
+        machine_plan._stages(job, shapes(job), eight, eight, ["other"])
+    names = [stage.name for stage in machine_plan._stages(job, shapes(job), eight, eight, ["train"])]
     assert names == ["train"]
 
 
 def test_a_sources_variants_halve_its_batch(job, eight):
-    stage = fitting.source(job, "mpt-7b", shapes(job), eight)
+    stage = fitting.source(job, "mpt-7b", shapes(job), eight, eight)
     found = [(one.cache.batch_tokens, one.cache.mesh) for one in stage.variants(job)]
     assert found[:3] == [(8192, "process"), (4096, "process"), (2048, "process")]
     assert (2048, "job") in found

@@ -107,6 +107,16 @@ def test_a_1b_model_that_does_not_fit_gets_a_change_that_does(plan, tmp_path):
     assert aot.train_call(job, shape, aot.topology("v5e:2x2")).compile().peak == stage["memory"]["peak"]
 
 
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:4x4", 4), ("v5p:2x2x2", 4), ("v6e:2x4", 4), ("h100:2x8", 8)])
+def test_sources_are_compiled_for_one_process(devices, topology, chips):
+    """A process' own chips of a slice have numbers that libtpu aborts on: they stand for a slice of their own."""
+    own = aot.one_process(topology, devices(topology))
+    assert len(own) == chips
+    job = config.validate({"target": "t", "sources": ["s"], "corpus": {"path": "c"}, "mesh": "auto", "max_length": 512})
+    call = aot.source_call(job, job.sources[0], models.decoder_config(SMALL), devices(topology), own)
+    assert call.compile().peak > 0
+
+
 def test_usable_memory_is_what_the_compiler_says(devices):
     for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
         machine = devices(topology)
