@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from fusejax import config, models, sharding
+from fusejax import config, models, sharding, training
 from fusejax.config import MeshConfig
 from fusejax.errors import UserError
 
@@ -151,3 +151,11 @@ def test_data_goes_over_two_hosts():
 
 def test_this_machine_is_taken_whole():
     assert sharding.make_mesh(AUTO).size == len(jax.devices())
+
+
+def test_a_run_says_what_was_chosen(make_job, capsys):
+    job = make_job(mesh="auto")
+    trainer = training.Trainer.make(job, 10, with_sources=False)
+    n = len(jax.devices())
+    assert trainer.mesh.size == n
+    assert f"mesh: data 1 x fsdp {n} x tensor 1, of {n} cpu" in capsys.readouterr().out
