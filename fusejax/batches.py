@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from fusejax import sources, tokenizers
+from fusejax import models, sources, tokenizers
 from fusejax.alignment import Chains, load_token_table, unpack_chain
 from fusejax.config import Config, ModelConfig
 from fusejax.deciding import DocumentCe, deciding_ce, document_ce, joint_ce
@@ -27,8 +27,14 @@ Arrays = dict[str, np.ndarray]
 
 
 def token_tables(config: Config) -> list[TokenTable]:
-    """Every source's token table, in the order of the configuration (host arrays)."""
-    return [load_token_table(config.folder / "alignment" / source.label) for source in config.sources]
+    """Every source's token table, in the order of the configuration (host arrays).
+
+    A token that the target's tokenizer has and its embedding has no row for, such as an added padding token, is none.
+    """
+    rows = models.read_config(config.target.model, config.target.revision)[1].vocab_size
+    tables = [load_token_table(config.folder / "alignment" / source.label) for source in config.sources]
+    known = [np.where(table.ids < rows, table.ids, -1) for table in tables]
+    return [TokenTable(ids, table.prefix_hash) for ids, table in zip(known, tables, strict=True)]  # type: ignore[arg-type]
 
 
 def token_counts(tokens: Store) -> np.ndarray:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import shutil
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import MAX_LENGTH, TEXTS
 
-from fusejax import alignment, sources
+from fusejax import alignment, models, sources
 from fusejax.batches import Batches, token_counts, token_tables
 from fusejax.errors import UserError
 from fusejax.store import Store
@@ -122,6 +123,16 @@ def test_gold_chain_can_be_left_out_and_tables_match_the_sources(make_ready):
     tables = token_tables(job)
     assert [len(table.ids) for table in tables] == [330, 280]
     assert "source_ids" not in Batches(job, with_sources=False).batch(0)
+
+
+def test_tokens_that_the_target_has_no_row_for_are_none(make_ready, monkeypatch):
+    job = make_ready()
+    values, target = models.read_config(job.target.model)
+    fewer = dataclasses.replace(target, vocab_size=300)
+    monkeypatch.setattr(models, "read_config", lambda *_: (values, fewer))
+    before = alignment.load_token_table(job.folder / "alignment" / job.sources[0].label)
+    assert before.ids.max() >= 300
+    np.testing.assert_array_equal(token_tables(job)[0].ids, np.where(before.ids < 300, before.ids, -1))
 
 
 def test_gold_of_a_whole_token_is_its_own_probability(make_ready):
