@@ -135,7 +135,7 @@ def test_a_batch_takes_what_the_devices_have_free(monkeypatch):
             made = sized._program
             program = made.func.lower(*made.args, sized._state, line_BL, line_BL).compile()
             needed = program.memory_analysis()
-            assert 0.2 * free < needed.temp_size_in_bytes + 3 * needed.output_size_in_bytes < 0.8 * free
+            assert 0.05 * free < needed.temp_size_in_bytes + 3 * needed.output_size_in_bytes < 0.8 * free
     assert chosen == sorted(chosen)
     assert chosen[-1] == scoring._MOST_TOKENS
     for scores, one in zip(collect(sized, inputs, labels), collect(scorer(model), inputs, labels), strict=True):
