@@ -23,12 +23,13 @@ _BANDWIDTH = 1e11  # bytes a second that a device sends; a round number, only to
 class Stage:
     """A part of a job that is one program.
 
-    name: `train`, or the source's label. call: the program and its arguments under a configuration. arguments: their
-    bytes on each device. least: those that its temporaries cannot do without. variants: other configurations, the
-    quickest first.
+    name: `train`, or the source's label. program: equal for stages that are the same program. call: the program and its
+    arguments under a configuration. arguments: their bytes on each device. least: those that its temporaries cannot do
+    without. variants: other configurations, the quickest first.
     """
 
     name: str
+    program: Any
     shape: models.DecoderConfig
     call: Callable[[Config], Call]
     arguments: Callable[[Config], int]
@@ -145,7 +146,7 @@ def training(config: Config, shapes: dict[str, models.DecoderConfig], devices: S
         found = list(_training_variants(config, shape, len(devices), sharding.slices_of(devices)[0]))
         return sorted(found, key=lambda other: _seconds(other, shape, devices))
 
-    return Stage("train", shape, call, lambda config: held(config.mesh)[0], least, variants)
+    return Stage("train", "train", shape, call, lambda config: held(config.mesh)[0], least, variants)
 
 
 def _kept_per_token(config: Config, shape: models.DecoderConfig, tensor: int) -> int:
@@ -216,7 +217,7 @@ def source(
                 found.append(config.cache.model_copy(update={"batch_tokens": tokens, "mesh": mesh}))
         return [config.model_copy(update={"cache": cache}) for cache in found]
 
-    return Stage(label, shape, call, lambda config: call(config).argument_bytes, least, variants)
+    return Stage(label, (shape, model.top_k), shape, call, lambda config: call(config).argument_bytes, least, variants)
 
 
 def checked_mesh(config: Config, shape: models.DecoderConfig, devices: Sequence[Any], name: str) -> MeshConfig:

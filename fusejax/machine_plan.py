@@ -36,10 +36,15 @@ def show(config: Config, options: Options) -> None:
     tokens, known_by = plan.corpus_tokens(config)
     if tokens != tokens:
         say(f"tokens of the corpus: {known_by}")
-    found = []
+    found: list[Json] = []
+    outcomes: dict[Any, tuple[Outcome, Outcome | None]] = {}
     own = aot.one_process(options.topology, devices)
     for stage in _stages(config, shapes, devices, own, options.only):
-        first, fitted = _compile(stage, config, available, options)
+        if stage.program in outcomes:
+            say(f"{stage.name}: the same program as one before")
+        else:
+            outcomes[stage.program] = _compile(stage, config, available, options)
+        first, fitted = outcomes[stage.program]
         found.append(describe(stage, config, first, fitted, devices, available, tokens, options.mfu))
     about = {
         "topology": options.topology, "slices": options.slices, "devices": len(devices),

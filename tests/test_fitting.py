@@ -1,5 +1,6 @@
 """What `fusejax plan --topology` does around compiling: shapes, estimates, the search for what fits, its messages."""
 
+import dataclasses
 import json
 
 import jax
@@ -120,7 +121,7 @@ def machine(memory, factor=2.0, refuses=True):
         return [job.model_copy(update={"batch": job.batch.model_copy(update={"microbatch": n})}) for n in sizes]
 
     shape = models.decoder_config(published.CONFIGS["meta-llama/Llama-2-7b-hf"])
-    return fitting.Stage("train", shape, Call, lambda _: 4 * GIB, least, variants), compiled
+    return fitting.Stage("train", "train", shape, Call, lambda _: 4 * GIB, least, variants), compiled
 
 
 @pytest.mark.parametrize("refuses", [True, False])
@@ -168,13 +169,13 @@ def test_arguments_are_counted_as_the_compiler_does(make_job):
 def planned(monkeypatch, eight, tmp_path, capsys):
     """A function that runs `fusejax plan` for eight devices on which `memory` bytes can be had; its JSON and output."""
 
-    def run(memory, *arguments, **changes):
-        stage, _ = machine(memory)
+    def run(memory, *arguments, stages=None, **changes):
+        stages = stages or [machine(memory)[0]]
         monkeypatch.setattr(aot, "topology", lambda name, slices=1: eight)
         monkeypatch.setattr(aot, "usable_memory", lambda devices: memory)
         monkeypatch.setattr(machine_plan.sharding, "make_mesh", lambda *_: None)
         monkeypatch.setattr(machine_plan.sharding, "described", lambda mesh: "eight devices")
-        monkeypatch.setattr(machine_plan, "_stages", lambda *_: [stage])
+        monkeypatch.setattr(machine_plan, "_stages", lambda *_: stages)
         path = tmp_path / "job.yaml"
         path.write_text(json.dumps(JOB | changes))
         told = ["plan", str(path), "--topology", "v5p:2x2x2", "--json", str(tmp_path / "plan.json"), *arguments]
@@ -264,3 +265,13 @@ def test_mesh_of_a_plan(job, eight):
     assert fitting.checked_mesh(auto, shape, eight, "v5p:2x2x2") == MeshConfig(fsdp=8)
     assert Options("v5p:2x2x2").mfu == 0.4
     assert Outcome(job, False, None, None).reason == ""
+
+
+def test_sources_of_one_shape_are_compiled_once(planned):
+    stage, compiled = machine(64 * GIB)
+    stages = [dataclasses.replace(stage, name=name) for name in ("mpt-7b", "train")]
+    found, said = planned(64 * GIB, stages=stages)
+    assert len(compiled) == 1
+    assert "train: the same program as one before" in said
+    assert found["stages"][0]["memory"] == found["stages"][1]["memory"]
+    assert found["stages"][0]["cache_bytes"] == 1e9 * (10 * (2 + 2) + 4)
