@@ -97,13 +97,13 @@ def fusion_loss(
 
     weight_clm is λ, a float or a traced scalar. fusion_mask float[...] weighs the fusion term on its own (default:
     mask where there is a label), labels or not; `count` remains that of the CLM term. block: about how many tokens
-    share one block of logits on a device (default: 64 MB of float32, at least 512 tokens); none is larger. mesh:
-    the tokens are split over its batch axes and the vocabulary over its tensor axis; the result is the same.
-    gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the backward
-    pass), `recompute` in the backward pass. implementation: `xla`, or the Pallas kernels for `tpu` or `gpu`; `auto` is
-    `xla` (docs/kernels.md says why). interpret: run Pallas kernels as plain XLA, slowly, for tests. Only `total` is
-    differentiable, in hidden and unembedding. Raises ValueError for shapes that do not belong together, and for options
-    out of range as far as they are not traced.
+    share one block of logits on a device (default: 64 MB of float32, but at least 2048 tokens, on a CPU 512); none is
+    larger. mesh: the tokens are split over its batch axes and the vocabulary over its tensor axis; the result is the
+    same. gradients: `forward` makes them in the forward pass (3 matmuls instead of 4, and D·V float32 kept until the
+    backward pass), `recompute` in the backward pass. implementation: `xla`, or the Pallas kernels for `tpu` or `gpu`;
+    `auto` is `xla` (docs/kernels.md says why). interpret: run Pallas kernels as plain XLA, slowly, for tests. Only
+    `total` is differentiable, in hidden and unembedding. Raises ValueError for shapes that do not belong together, and
+    for options out of range as far as they are not traced.
 
     >>> hidden, unembedding = jnp.eye(2, 4), jnp.eye(4, 6)
     >>> sums = fusion_loss(

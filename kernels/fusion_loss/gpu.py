@@ -4,6 +4,7 @@ Each program makes one tile of tokens × columns. `statistics` writes every tile
 combined, and the logits at a token's ids from the tile that holds them; `dlogits` makes the tile again.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-BLOCK_BYTES = 1 << 26  # of one block's gradient of the logits
 _TILE = 128  # tokens, and columns, of a program
 _STEP = 64  # of the sum over channels
-
-
-def block_tokens(columns: int, dtype: jnp.dtype) -> int:
-    """Tokens of one block on a device that holds so many columns of the vocabulary."""
-    return max(_TILE, BLOCK_BYTES // (columns * dtype.itemsize) // _TILE * _TILE)
 
 
 def statistics(
@@ -124,6 +119,15 @@ def _logits(h_ref: Any, w_ref: Any, columns: Array, width: int, options: Options
     return z if options.logit_cap is None else options.logit_cap * jnp.tanh(z / options.logit_cap)
 
 
+def _inside(ids: Array, first: Array) -> Array:
+    return (ids >= first) & (ids < first + _TILE)
+
+
+def _where_any(own: Array, update: Callable[[Array], Array], x: Array) -> Array:
+    """update(x) where any of this tile's tokens has an entry here; most tiles hold none of most entries."""
+    return jax.lax.cond(jnp.max(own.astype(jnp.int32)) > 0, update, lambda x: x, x)
+
+
 def _statistics_kernel(
     limit_ref: Any, h_ref: Any, w_ref: Any, ids_ref: Any, _: Any, at_ref: Any, top_ref: Any, sum_ref: Any,
     tempered_ref: Any, weighted_ref: Any, *, width: int, options: Options,
@@ -136,11 +140,15 @@ def _statistics_kernel(
     def visit(m: Array, counted: Array) -> Array:
         """Writes the logits at entry m, and takes it out of what is counted under a tail, unless it is the label."""
         ids = ids_ref[m, :]
-        hit = columns[None, :] == ids[:, None]
-        # Each id is in one tile, so no two programs write the same place.
-        own = (ids >= first) & (ids < first + _TILE)
-        plgpu.store(at_ref.at[m, :], jnp.sum(jnp.where(hit, z, 0.0), 1), mask=own)
-        return jnp.where(hit & (m < label), -jnp.inf, counted) if options.tail else counted
+        own = _inside(ids, first)
+
+        def update(counted: Array) -> Array:
+            hit = columns[None, :] == ids[:, None]
+            # Each id is in one tile, so no two programs write the same place.
+            plgpu.store(at_ref.at[m, :], jnp.sum(jnp.where(hit, z, 0.0), 1), mask=own)
+            return jnp.where(hit & (m < label), -jnp.inf, counted) if options.tail else counted
+
+        return _where_any(own, update, counted)
 
     counted = jnp.where((columns < limit_ref[0])[None, :], z, -jnp.inf)
     counted = jax.lax.fori_loop(0, label + 1, visit, counted)
@@ -159,7 +167,8 @@ def _dlogits_kernel(
     limit_ref: Any, h_ref: Any, w_ref: Any, ids_ref: Any, at_ref: Any, dense_ref: Any, shift_ref: Any,
     tempered_ref: Any, shift_tempered_ref: Any, out_ref: Any, *, width: int, options: Options,
 ) -> None:  # fmt: skip
-    columns = pl.program_id(1) * _TILE + jnp.arange(_TILE)
+    first = pl.program_id(1) * _TILE
+    columns = first + jnp.arange(_TILE)
     z = _logits(h_ref, w_ref, columns, width, options)
     dz = dense_ref[...][:, None] * jnp.exp(z - shift_ref[...][:, None])
     if options.tempered:
@@ -168,10 +177,15 @@ def _dlogits_kernel(
     label = ids_ref.shape[0] - 1
 
     def add(m: Array, dz: Array) -> Array:
-        here = at_ref[m, :][:, None]
-        # Under a tail the dense part leaves the support out.
-        here = jnp.where(m < label, here, dz + here) if options.tail else dz + here
-        return jnp.where(columns[None, :] == ids_ref[m, :][:, None], here, dz)
+        ids = ids_ref[m, :]
+
+        def update(dz: Array) -> Array:
+            here = at_ref[m, :][:, None]
+            # Under a tail the dense part leaves the support out.
+            here = jnp.where(m < label, here, dz + here) if options.tail else dz + here
+            return jnp.where(columns[None, :] == ids[:, None], here, dz)
+
+        return _where_any(_inside(ids, first), update, dz)
 
     dz = jax.lax.fori_loop(0, label + 1, add, dz) * options.logit_scale
     if options.logit_cap is not None:

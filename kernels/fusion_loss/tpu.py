@@ -15,13 +15,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-BLOCK_BYTES = 1 << 26  # of one block's gradient of the logits
 _TILES_BYTES = 1 << 24  # of VMEM for the two factors' tiles, each held twice
-
-
-def block_tokens(columns: int, dtype: jnp.dtype) -> int:
-    """Tokens of one block on a device that holds so many columns of the vocabulary."""
-    return max(256, BLOCK_BYTES // (columns * dtype.itemsize) // 256 * 256)
 
 
 def statistics(
