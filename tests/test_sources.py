@@ -1,5 +1,7 @@
+import gc
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import MAX_LENGTH, TEXTS, write_documents
@@ -216,6 +218,24 @@ def test_no_bos_where_none_is_wanted(make_job, tiny_models):
     assert ones.summary["rows"] == others.summary["rows"]
     assert ones.inputs["tokenizer"] != others.inputs["tokenizer"]
     assert any((one["ids"] != other["ids"]).any() for one, other in zip(ones, others, strict=True))
+
+
+def test_a_source_is_freed_before_the_next_is_loaded(make_job, monkeypatch):
+    def held():
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    real, before = models.load, []
+    monkeypatch.setattr(models, "load", lambda *given, **options: (before.append(held()), real(*given, **options))[1])
+    job = make_job()
+    gc.collect()
+    gc.disable()  # what only the collector frees may still be there when the next source needs the room
+    try:
+        base = held()
+        sources.run(job)
+        assert before == [base, base]
+        assert held() == base
+    finally:
+        gc.enable()
 
 
 def test_sampled_rows_are_draws_whatever_the_batch(make_job, tiny_models):

@@ -9,6 +9,7 @@ head, V rows of the vocabulary. The parameters of all layers are stacked along a
 `jax.lax.scan` runs.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -222,4 +223,7 @@ def fill(model: Decoder, make: Callable[[tuple[Any, ...], nnx.Param], jax.Array]
     """`model` with every parameter's value replaced by make(path, declaration)."""
     graphdef, params = nnx.split(model)
     filled = [(path, variable.replace(make(path, variable))) for path, variable in nnx.to_flat_state(params)]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    merged = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    del filled, params
+    gc.collect()  # flax's flattening leaves the parameters in a cycle; their memory should go with the model
+    return merged
