@@ -146,10 +146,7 @@ def size(file: Path) -> int:
 
 def names(folder: Path) -> set[str]:
     """What a folder holds; nothing where there is none."""
-    try:
-        return {entry.name for entry in folder.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
 def remove_folder(folder: Path) -> None:
