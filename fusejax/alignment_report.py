@@ -1,6 +1,7 @@
 """The report's section on alignment: how each source's rows were found, what they keep, and what they predict."""
 
 import html
+import math
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -55,9 +56,52 @@ def section(report: dict[str, Any]) -> str:
             "rows of the source, treated alike, on its own next tokens, so that the difference is the map's. The "
             "source's whole CE: of its whole distributions, on all its tokens (nats per byte).</p>",
             f"<p>{html.escape(_counted(report))}</p>",
+            wins_picture(source_wins(report["alignment"])),
             *(_tokens(name, values["top_tokens"]) for name, values in report["alignment"].items()),
         ]
     )
+
+
+def source_wins(alignment: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """{domain: {source: share of the domain's documents on which it has the least cross-entropy per byte}}.
+
+    alignment: the reports of `fusejax.alignment.read_report` by source. Of equal ones the source named first wins, as
+    under `min_ce`; documents on which no source has a number are left out. {} for one source alone, or without caches.
+    """
+    columns = [values.get("text_ce") or [] for values in alignment.values()]
+    if len(columns) < 2 or len({len(column) for column in columns}) > 1:
+        return {}
+    won: dict[str, dict[str, float]] = {}
+    for entries in zip(*columns, strict=True):
+        numbers = [math.inf if ce is None else ce for _, ce in entries]
+        if min(numbers) < math.inf:
+            counts = won.setdefault(entries[0][0], dict.fromkeys(alignment, 0.0))
+            counts[list(alignment)[numbers.index(min(numbers))]] += 1
+    return {domain: {name: n / sum(counts.values()) for name, n in counts.items()} for domain, counts in won.items()}
+
+
+def wins_picture(wins: dict[str, dict[str, float]]) -> str:
+    """SVG: for each domain how its documents divide among the sources; "" without domains."""
+    if not wins:
+        return ""
+    figure, axes = plots.plt.subplots(figsize=(8, 0.9 + 0.42 * len(wins)), layout="constrained")
+    names = list(next(iter(wins.values())))
+    _stack(axes, list(wins), list(wins.values()), dict(zip(names, plots.source_colors(), strict=False)))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of the documents in the sample, by the source of least cross-entropy per byte")
+    axes.grid(axis="y", visible=False)
+    axes.legend(frameon=False, ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    return plots.svg(figure)
+
+
+def rows_won(report: dict[str, Any]) -> dict[str, float]:
+    """Source → share of rows that it won in training; of a pairwise fusion, in the run of its own copy."""
+    training = report["training"]
+    if "fused" in training:
+        return training["fused"].get("rows_won", {})
+    pairs = {name: training.get(f"pair/{name}", {}).get("rows_won", {}) for name in report["alignment"]}
+    return {name: won[name] for name, won in pairs.items() if name in won}
 
 
 def _counted(report: dict[str, Any]) -> str:
@@ -73,7 +117,7 @@ def _counted(report: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, a row for each source); rows won only after a training that counted them."""
-    won = report["training"].get("fused", {}).get("rows_won", {})
+    won = rows_won(report)
     rows = []
     for name, values in report["alignment"].items():
         flat = values | {f"collisions.{key}": value for key, value in values["collisions"].items()}
@@ -112,7 +156,7 @@ def picture(report: dict[str, Any]) -> str:
     """SVG: rows by kind, fallback by cause, CE per byte beside that before the map, and rows won by each source."""
     names = list(report["alignment"])
     values = list(report["alignment"].values())
-    won = report["training"].get("fused", {}).get("rows_won", {})
+    won = rows_won(report)
     figure, axes = plots.plt.subplots(2, 2, figsize=(9, 2.6 + 0.8 * len(names)), sharey=True, layout="constrained")
     _stack(axes[0, 0], names, [each["kinds"] for each in values], _KINDS)
     axes[0, 0].set_title("rows by kind (% of the target's rows)", fontsize=10)

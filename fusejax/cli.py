@@ -12,8 +12,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fusejax import __version__, bench, config, plan_command, settings
+from fusejax import __version__, bench, config, evaluate_options, plan_command, settings
 from fusejax.errors import Resumable, UserError
+from fusejax.options import refuse
 
 # What the stages do, in the order in which `train.py` runs them.
 STAGES = {
@@ -113,33 +114,6 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """`evaluate` takes a job's configuration, or models and --corpus."""
-    parser.add_argument("config", metavar="CONFIG.yaml|MODEL", help="a job's configuration; or, with --corpus, a model")
-    parser.add_argument(
-        "overrides",
-        metavar="key=value|MODEL",
-        nargs="*",
-        default=[],
-        help="override a key; or, with --corpus, more models",
-    )
-    text = parser.add_argument_group("models without a job", "bits per byte of Hugging Face folders or hub names")
-    text.add_argument("--corpus", metavar="PATH", help="text of any length: a file, a folder, tfds:, huggingface:")
-    text.add_argument("--split", help="of a data set (default train)")
-    text.add_argument("--text-key", help="the column that holds the text (default text)")
-    text.add_argument("--domain-key", help="the column that names each document's domain")
-    text.add_argument("--limit", type=int, help="at most so many documents of each domain")
-    text.add_argument("--max-length", type=int, help="tokens of a window (default: the model's context)")
-    text.add_argument("--stride", type=int, help="tokens by which windows advance (default: half a window)")
-    text.add_argument("--batch-tokens", type=int, help="tokens of one forward pass (default 8192)")
-    text.add_argument("--compute", choices=("float32", "bfloat16"), help="(default float32)")
-    text.add_argument(
-        "--ensemble", choices=("probability", "log_probability"), help="what is averaged; adds the models' ensemble"
-    )
-    text.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the ensemble (default: equal)")
-    text.add_argument("--json", metavar="FILE", help="write all numbers there")
-
-
 def add_report(parser: argparse.ArgumentParser) -> None:
     """`report` takes a job's configuration, or output folders of finished jobs."""
     parser.add_argument("config", metavar="CONFIG.yaml|RUN", help="a job's configuration; or a finished job's folder")
@@ -152,48 +126,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--html", metavar="FILE", help="write it as a page with plots")
 
 
-# What belongs to `evaluate` with --corpus alone, and to `report` of finished jobs alone.
-_MEASURING = ("split", "text_key", "domain_key", "limit", "max_length", "stride", "batch_tokens", "compute", "ensemble",
-              "weights", "json")  # fmt: skip
-_TABLES = ("csv", "markdown", "html")
-
-
-def _evaluate_models(options: argparse.Namespace) -> None:
-    from fusejax.evaluation import standalone
-
-    if options.ensemble is None:
-        _refuse(options, "without --ensemble", "weights")
-    for name in ("max_length", "stride", "batch_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{_flag(name)}: {value} should be at least 1")
-    corpus = {"path": options.corpus, **_given(options, "split", "text_key", "domain_key", "limit")}
-    standalone.run(
-        [options.config, *options.overrides],
-        settings.check(corpus, config.CorpusConfig, "--corpus"),
-        json_path=options.json,
-        kind=options.ensemble,
-        weights=options.weights,
-        **_given(options, "max_length", "stride", "batch_tokens", "compute"),
-    )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of these options that were given."""
-    values = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in values.items() if not (value is None or value is False)}
-
-
-def _refuse(options: argparse.Namespace, form: str, *names: str) -> None:
-    """UserError where an option is given that this form of a command has no use for."""
-    given = ", ".join(map(_flag, _given(options, *names)))
-    if given:
-        command = options.command
-        raise UserError(f"{command} {form}: has no use for {given} (see fusejax {command} --help)")
+_TABLES = ("csv", "markdown", "html")  # what belongs to `report` of finished jobs alone
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -202,7 +135,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_text in STAGES.items():
         command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-        {"evaluate": add_evaluation, "report": add_report}.get(name, add_config)(command)
+        {"evaluate": evaluate_options.add, "report": add_report}.get(name, add_config)(command)
     add_config(plan_command.add_parser(commands))
     help_text = "merge the weights of models of one architecture into one (linear, SLERP, TIES, DARE, SCE, ...)"
     add_config(commands.add_parser("merge", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
@@ -259,16 +192,16 @@ def _inspect(options: argparse.Namespace) -> None:
         if options.config is not None or options.text is not None:
             raise UserError(f"inspect {options.path}: takes one store; `inspect alignment` takes a configuration")
         if options.verify:
-            _refuse(options, "STORE --verify", "record", "row", "document", "source", "target")
+            refuse(options, "STORE --verify", "record", "row", "document", "source", "target")
             verification.verify(options.path)
         else:
-            _refuse(options, "STORE", "document", "source", "target")
+            refuse(options, "STORE", "document", "source", "target")
             inspection.show(options.path, options.record or 0, options.row)
         return
     from fusejax.alignment import inspection as alignments
 
     if options.text is not None:
-        _refuse(options, "alignment --text", "record", "row", "verify", "document")
+        refuse(options, "alignment --text", "record", "row", "verify", "document")
         overrides = [options.config, *options.overrides] if options.config is not None else []
         if not (options.target and options.source) or any("=" not in override for override in overrides):
             raise UserError("inspect alignment --text: needs --target MODEL and --source MODEL, and no configuration")
@@ -281,7 +214,7 @@ def _inspect(options: argparse.Namespace) -> None:
     elif options.config is None:
         raise UserError("inspect alignment: needs a CONFIG.yaml, or --text TEXT --target MODEL --source MODEL")
     else:
-        _refuse(options, "alignment CONFIG.yaml", "record", "row", "verify", "target")
+        refuse(options, "alignment CONFIG.yaml", "record", "row", "verify", "target")
         job = config.load(options.config, options.overrides)
         alignments.show_document(job, options.document or "0", options.source)
 
@@ -342,18 +275,15 @@ def _command(arguments: Sequence[str] | None) -> None:
 
         generate.show(options)
         return
-    if options.command == "evaluate" and options.corpus is not None:
-        _evaluate_models(options)
+    if options.command == "evaluate" and evaluate_options.without_job(options):
         return
     if options.command == "report" and not options.config.endswith((".yaml", ".yml")):
         from fusejax import comparison
 
         comparison.run([options.config, *options.overrides], options.csv, options.markdown, options.html)
         return
-    if options.command == "evaluate":
-        _refuse(options, "without --corpus", *_MEASURING)
     if options.command == "report":
-        _refuse(options, "CONFIG.yaml", *_TABLES)
+        refuse(options, "CONFIG.yaml", *_TABLES)
     if options.command == "merge":
         from fusejax import merging
 

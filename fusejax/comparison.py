@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fusejax import metrics, paths, plots, report, store
+from fusejax import alignment_report, metrics, paths, plots, report, store
 from fusejax.errors import UserError
 from fusejax.progress import console, say
 
@@ -157,7 +157,7 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
             note = f"<p>Training loss of seed {seed}.</p>" if len(members) > 1 else ""
             parts += [note, plots.losses(histories)]
         if members[0].report["alignment"]:
-            parts.append(_alignment_table(members[0]))
+            parts.append(_alignment(members[0]))
     return report.page("fusejax: comparison", "\n".join(parts))
 
 
@@ -167,13 +167,19 @@ def _histories(run: Run) -> dict[str, Path]:
     return {model: folder for model, folder in found.items() if (folder / "metrics.jsonl").exists()}
 
 
-def _alignment_table(run: Run) -> str:
-    won = run.report["training"].get("fused", {}).get("rows_won", {})
+def _alignment(run: Run) -> str:
+    """The table of what each source covered and won, and the plots of a report that has their numbers."""
+    won = alignment_report.rows_won(run.report)
+    alignment = run.report["alignment"]
     rows = [
         [name, f"{100 * values['share']:.1f}%", f"{100 * won[name]:.1f}%" if name in won else ""]
-        for name, values in run.report["alignment"].items()
+        for name, values in alignment.items()
     ]
-    return report.html_table(["source", "rows aligned", "rows won"], rows)
+    parts = [report.html_table(["source", "rows aligned", "rows won"], rows)]
+    if all("kinds" in values for values in alignment.values()):
+        parts.append(alignment_report.picture(run.report))
+    parts.append(alignment_report.wins_picture(run.report.get("source_wins", {})))
+    return "\n".join(parts)
 
 
 def run(

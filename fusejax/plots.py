@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
@@ -55,6 +56,11 @@ def label(model: str) -> str:
 SOURCE_COLORS = ("#cbd5e1", "#99c1b9", "#d8b4e2", "#e2cf9b", "#a3b18a", "#f2b5a7")
 
 
+def source_colors() -> Iterator[str]:
+    """Colours of sources in their order, over again after the last."""
+    return itertools.cycle(SOURCE_COLORS)
+
+
 def svg(figure: Figure) -> str:
     """The figure as text for a page, and closed."""
     buffer = io.StringIO()
@@ -86,7 +92,9 @@ def losses(histories: dict[str, list[dict[str, Any]]]) -> str:
         values = [row["clm_loss"] for row in history]
         color = COLORS.get(name)
         axes.plot(tokens, values, color=color, alpha=0.2, linewidth=0.8)
-        axes.plot(tokens, _smooth(values, max(1, len(values) // 20)), color=color, label=f"{name}, training text")
+        axes.plot(
+            tokens, _smooth(values, max(1, len(values) // 20)), color=color, label=f"{label(name)}, training text"
+        )
     axes.set_xlabel("million target tokens")
     axes.set_ylabel("CLM loss (nats per token)")
     axes.legend(frameon=False)
@@ -99,7 +107,7 @@ def bits_per_byte(report: dict[str, Any]) -> str:
     columns = list(next(iter(scores.values())))
     figure, axes = plt.subplots(figsize=(8, 3.6))
     width = 0.8 / len(scores)
-    others = itertools.cycle(SOURCE_COLORS)
+    others = source_colors()
     for i, (name, values) in enumerate(scores.items()):
         at = [column + (i - (len(scores) - 1) / 2) * width for column in range(len(columns))]
         color = COLORS.get(name) or next(others)

@@ -268,7 +268,7 @@ def _huggingface(corpus: CorpusConfig, rest: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(f"{corpus.path}: needs datasets ({_one_line(error)}): pip install datasets") from None
     name, _, variant = rest.partition(":")
-    local, cached = hub.is_local(name), _is_cached(name)
+    local, cached = hub.is_local(name), is_cached(name)
     if not local and not cached:
         hub.require_reachable(name, "data set")
     try:
@@ -277,7 +277,8 @@ def _huggingface(corpus: CorpusConfig, rest: str) -> tuple[Any, str]:
         raise UserError(f"{corpus.path}: datasets cannot give it ({_one_line(error)})") from None
 
 
-def _is_cached(name: str) -> bool:
+def is_cached(name: str) -> bool:
+    """Whether a data set of a hub is in the cache of `datasets`."""
     from datasets import config
 
     return (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists()

@@ -35,6 +35,7 @@ def run(config: Config) -> None:
 
 def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Every number of the job, as the JSON object of report.json."""
+    alignment = {source.label: read_report(config.folder, source.label) for source in config.sources}
     report: dict[str, Any] = {
         "name": config.folder.name,
         "target": config.target.model,
@@ -44,7 +45,8 @@ def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[
             for split in ("train", "heldout")
             if (folder := config.folder / "data" / split / "documents").exists()
         },
-        "alignment": {source.label: read_report(config.folder, source.label) for source in config.sources},
+        "alignment": alignment,
+        "source_wins": alignment_report.source_wins(alignment),
         "training": {name: _training(history) for name, history in histories.items()},
         "evaluation": {"bits_per_byte": _bits_per_byte(config)},
         "throughput": {name: _throughput(run_folder(config, name)) for name in histories},
@@ -122,7 +124,7 @@ def show(report: dict[str, Any]) -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         console.print(table)
-    won = report["training"].get("fused", {}).get("rows_won")
+    won = alignment_report.rows_won(report)
     if won:
         table = Table("source", "rows aligned", "rows won", title="alignment and fusion")
         for name, share in won.items():

@@ -65,3 +65,24 @@ def test_the_section_is_escaped_and_the_same_each_time(report):
     for kind in ("same token", "inside a token", "mapped to the target", "the same rows, unmapped"):
         assert kind in page
     assert alignment_report.section({"alignment": {}, "training": {}}) == ""
+
+
+def test_wins_by_domain_count_documents():
+    alignment = {
+        "a": {"text_ce": [["law", 0.5], ["law", 0.7], ["law", None], ["code", None], ["law", 0.9]]},
+        "b": {"text_ce": [["law", 0.5], ["law", 0.6], ["law", 0.8], ["code", None], ["law", 0.1]]},
+    }
+    # Equal ones go to the first; a document without any number counts for none.
+    assert alignment_report.source_wins(alignment) == {"law": {"a": 0.25, "b": 0.75}}
+    page = alignment_report.wins_picture(alignment_report.source_wins(alignment))
+    assert page == alignment_report.wins_picture(alignment_report.source_wins(alignment))
+    assert "law" in page
+    assert alignment_report.source_wins({"a": alignment["a"]}) == {}
+    assert alignment_report.source_wins({"a": {}, "b": {}}) == {}
+    assert alignment_report.wins_picture({}) == ""
+
+
+def test_rows_won_of_pairs_are_those_of_their_own_copies():
+    training = {"pair/a": {"rows_won": {"target": 0.7, "a": 0.2}}, "pair/b": {"rows_won": {"target": 0.5, "b": 0.4}}}
+    report = {"alignment": {"target": {}, "a": {}, "b": {}}, "training": training}
+    assert alignment_report.rows_won(report) == {"a": 0.2, "b": 0.4}

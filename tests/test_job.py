@@ -93,7 +93,11 @@ def test_the_whole_job_and_again(write_config, tmp_path, capsys):
     assert sum(won.values()) + report["training"]["fused"]["rows_fallback"] == pytest.approx(1, abs=1e-5)
     assert config.load(folder / "config.yaml") == config.load(path)
     html = (folder / "report.html").read_text()
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4
+    wins = report["source_wins"]
+    assert sorted(wins) == ["code", "prose"]
+    for shares in wins.values():
+        assert sum(shares.values()) == pytest.approx(1)
     assert "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")

@@ -16,6 +16,7 @@ from fusejax.alignment.quality import KINDS, Quality, measure, row_kinds, top_to
 from fusejax.alignment.rows import Tokens, row_mapper
 from fusejax.alignment.tokens import TokenTable, table_columns
 from fusejax.config import Config, ModelConfig
+from fusejax.deciding import document_ce
 from fusejax.errors import UserError
 from fusejax.parallel import run_shards
 from fusejax.progress import progress, say
@@ -29,7 +30,7 @@ _TABLE = "token_map.npz"
 _REPORT = "report.json"
 _COUNTED = 4096  # about how many documents the token map `stats` counts in, evenly over the corpus
 _SAMPLE = 256  # about how many documents the report is of where there is a cache to read, evenly over the corpus
-_REPORT_FORMAT = 3
+_REPORT_FORMAT = 4
 
 
 def run(config: Config) -> None:
@@ -209,6 +210,7 @@ class Pair:
         chains = Chains(self._config, self._model) if cached and self._config.alignment.gold_chain else None
         every = 1 if cached is None else -(-len(self._documents) // _SAMPLE)
         sample, row_maps = range(0, len(self._documents), every), Store(self._folder)
+        text_ce: list[list[Any]] = []  # [domain, nats per byte] of each document of the sample
         with progress(f"align {self._label}: report", len(sample)) as bar:
             for i in sample:
                 bar.advance()
@@ -217,6 +219,7 @@ class Pair:
                     total.add_rows(record["kinds"], record["causes"])
                     continue
                 values, row_map_T2, (target, source) = cached[i], record["row_map"], self._tokens(i)
+                text_ce.append(self._text_ce(i, values["ce"]))
                 if len(values["ce"]):
                     gold_T = None if chains is None else unpack_chain(chains[i], row_map_T2, values["ce"])
                     empty_N = measure(total, target, source, row_map_T2, table, values, self._target.vocab_size, gold_T)
@@ -225,7 +228,16 @@ class Pair:
                 total.add_measured(row_kinds(target, source, row_map_T2), record["causes"], empty_N)
         report = total.report()
         report["documents"]["there"] = len(self._documents)
+        report["text_ce"] = text_ce
         return report | {"top_tokens": top_tokens(total, table, self._target, self._source)}
+
+    def _text_ce(self, i: int, ce_R: np.ndarray) -> list[Any]:
+        """[domain, nats per byte] of document i; None where the source has no number there, as JSON knows no inf."""
+        ce = float("inf")
+        if len(ce_R):
+            has_eos = self._source.eos_id is not None
+            ce = document_ce(ce_R, self._source_tokens[i]["boundaries"], has_eos=has_eos).mean
+        return [self._documents[i]["domain"], ce if np.isfinite(ce) else None]
 
 
 def _is_whole(path: Path) -> bool:
