@@ -56,7 +56,7 @@ def section(report: dict[str, Any]) -> str:
             "rows of the source, treated alike, on its own next tokens, so that the difference is the map's. The "
             "source's whole CE: of its whole distributions, on all its tokens (nats per byte).</p>",
             f"<p>{html.escape(_counted(report))}</p>",
-            wins_picture(source_wins(report["alignment"])),
+            wins_section(source_wins(report["alignment"])),
             *(_tokens(name, values["top_tokens"]) for name, values in report["alignment"].items()),
         ]
     )
@@ -80,8 +80,8 @@ def source_wins(alignment: dict[str, dict[str, Any]]) -> dict[str, dict[str, flo
     return {domain: {name: n / sum(counts.values()) for name, n in counts.items()} for domain, counts in won.items()}
 
 
-def wins_picture(wins: dict[str, dict[str, float]]) -> str:
-    """SVG: for each domain how its documents divide among the sources; "" without domains."""
+def wins_section(wins: dict[str, dict[str, float]]) -> str:
+    """HTML with a plot: for each domain how its documents divide among the sources; "" without domains."""
     if not wins:
         return ""
     figure, axes = plots.plt.subplots(figsize=(8, 0.9 + 0.42 * len(wins)), layout="constrained")
@@ -92,7 +92,7 @@ def wins_picture(wins: dict[str, dict[str, float]]) -> str:
     axes.set_xlabel("% of the documents in the sample, by the source of least cross-entropy per byte")
     axes.grid(axis="y", visible=False)
     axes.legend(frameon=False, ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
-    return plots.svg(figure)
+    return f"<h3>Best source by domain</h3>\n{plots.svg(figure)}"
 
 
 def rows_won(report: dict[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from fusejax import models, sources, tokenizers
+from fusejax import conversations, models, sources, tokenizers
 from fusejax.alignment import Chains, load_token_table, unpack_chain
 from fusejax.config import Config, ModelConfig
 from fusejax.deciding import DocumentCe, deciding_ce, document_ce, joint_ce
@@ -57,7 +57,8 @@ class Batches:
     A batch is a dict of arrays; B = batch.sequences, L = max_length, S sources, K the widest source's top-k:
       ids, segment_ids, positions int32 [B, L]: documents (text tokens and EOS; BOS in front where the target was
         trained with one), segment 0 = padding, positions restart with each document;
-      labels int32 [B, L]: the document's next token, −1 where there is none.
+      labels int32 [B, L]: the document's next token, −1 where there is none; of a conversation, what the assistant
+        says and what ends its turns alone.
     With sources also:
       source_ids int32 [B, L, S, K] in the source's vocabulary, −1 = empty; source_logprobs float32 [B, L, S, K];
       source_valid bool [B, L, S]: the row map has a row; source_consumed int32 [B, L, S]: bytes of that row's next
@@ -179,7 +180,7 @@ class Batches:
         n = len(inputs)
         span = slice(at, at + n + int(self._tokenizer.eos_id is not None))
         out["ids"][b, at : at + n] = inputs
-        out["labels"][b, at : at + n] = labels
+        out["labels"][b, at : at + n] = conversations.spoken_labels(labels, record)
         if self._tokenizer.eos_id is not None:
             out["ids"][b, at + n] = self._tokenizer.eos_id
         out["segment_ids"][b, span] = segment
@@ -260,7 +261,7 @@ class _Source:
             "source_labels": np.where(valid_T, labels_R[row_T], -1),
             "source_ce": deciding_ce(
                 self._document_ce(cache, tokens),
-                cache["ce"],
+                conversations.text_ce(cache["ce"], tokens),
                 tokens["boundaries"],
                 target["boundaries"],
                 level=fusion.level,
@@ -281,7 +282,7 @@ class _Source:
 
     def _document_ce(self, cache: Arrays, tokens: Arrays) -> DocumentCe:
         return document_ce(
-            cache["ce"],
+            conversations.text_ce(cache["ce"], tokens),
             tokens["boundaries"],
             has_eos=self._tokenizer.eos_id is not None,
             unit=self._config.fusion.ce_unit,

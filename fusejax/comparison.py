@@ -178,7 +178,7 @@ def _alignment(run: Run) -> str:
     parts = [report.html_table(["source", "rows aligned", "rows won"], rows)]
     if all("kinds" in values for values in alignment.values()):
         parts.append(alignment_report.picture(run.report))
-    parts.append(alignment_report.wins_picture(run.report.get("source_wins", {})))
+    parts.append(alignment_report.wins_section(run.report.get("source_wins", {})))
     return "\n".join(parts)
 
 

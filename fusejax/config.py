@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from fusejax import arguments, paths, settings
+from fusejax import paths, rules, settings
 from fusejax.merge_keys import MergeKeys
 from fusejax.settings import Section
 
@@ -25,7 +25,8 @@ class ModelConfig(Section):
     model: str
     name: str = ""  # how reports call it; default: the last part of `model`
     revision: str | None = None
-    bos: Literal["auto", "never"] = "auto"  # auto: BOS before each document where the model's tokenizer puts one
+    # auto: BOS before each document where the model's tokenizer puts one; template: conversations by its chat template
+    bos: Literal["auto", "never", "template"] = "auto"
     top_k: int | None = Field(None, ge=1, le=1024)  # of a source, instead of cache.top_k
 
     @model_validator(mode="before")
@@ -54,6 +55,7 @@ class CorpusConfig(Section):
     #          | tfds:NAME | huggingface:NAME | stdlib:
     split: str = "train"
     text_key: str = "text"
+    messages_key: str | None = None  # instead: the column of conversations, lists of {role, content}; docs/chat.md
     domain_key: str | None = None  # a column that names each document's domain
     domains: tuple[str, ...] | None = None  # keep these domains only
     limit: int | None = Field(None, ge=1)  # at most so many documents of each domain
@@ -300,6 +302,11 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _set_templates(cls, values: Any) -> Any:
+        return rules.with_templates(values)
+
+    @model_validator(mode="before")
+    @classmethod
     def _set_compat(cls, values: Any) -> Any:
         """The keys that `compat` sets; one that is given and says otherwise is a contradiction."""
         quirks = COMPAT.get(str(values.get("compat"))) if isinstance(values, dict) else None
@@ -345,71 +352,11 @@ class Config(Section):
             raise ValueError("optimizer.frozen: under `lora` all parameters are frozen already; remove one of the two")
         if self.evaluation.baselines and not self.sources:
             raise ValueError("evaluation.baselines: there are no sources that they could use")
-        self._check_fusion()
-        self._check_batch()
-        self._check_bucket()
+        rules.check_fusion(self)
+        rules.check_batch(self)
+        rules.check_conversations(self)
+        rules.check_bucket(self)
         return self
-
-    def _check_bucket(self) -> None:
-        """What works with links between folders, or with libraries that know only those."""
-        uses = {
-            "profile": self.profile is not None,
-            "fusion.kind: 'pairwise'": self.fusion.kind == "pairwise",
-            "evaluation.baselines: all but 'ensemble'": bool(set(self.evaluation.baselines) - {"ensemble"}),
-        }
-        in_a_bucket = paths.is_remote(self.folder)
-        for key, used in uses.items():
-            if used and in_a_bucket:
-                raise ValueError(f"{key}: needs an `output` on this machine, not {self.output}")
-
-    def _check_batch(self) -> None:
-        if -1 in (self.mesh.data, self.mesh.fsdp):
-            return  # whatever is chosen will divide the batch
-        shards, sequences, micro = self.mesh.data * self.mesh.fsdp, self.batch.sequences, self.batch.microbatch
-        if sequences % shards:
-            raise ValueError(
-                f"batch.sequences: {sequences} does not divide over mesh.data x mesh.fsdp = {shards}; "
-                f"{-(-sequences // shards) * shards} would"
-            )
-        if micro is not None and (sequences % micro or micro % shards):
-            fitting = [n for n in range(shards, sequences + 1, shards) if sequences % n == 0]
-            raise ValueError(
-                f"batch.microbatch: {micro} should divide batch.sequences = {sequences} and be a multiple of mesh.data "
-                f"x mesh.fsdp = {shards}: {', '.join(map(str, fitting))}"
-            )
-
-    def _check_fusion(self) -> None:
-        n, fusion = len(self.sources), self.fusion
-        if fusion.kind == "fixed" and (fusion.weights is None or len(fusion.weights) != n):
-            raise ValueError(f"fusion.weights: kind 'fixed' needs one weight for each of the {n} sources")
-        if fusion.kind != "fixed" and fusion.weights is not None:
-            raise ValueError("fusion.weights: only used with fusion.kind 'fixed'")
-        if fusion.weights is not None:
-            objection = arguments.weights_objection(fusion.weights)
-            if objection:
-                raise ValueError(f"fusion.weights: {objection}")
-        if fusion.temperature != 1 and (fusion.kind != "avg_ce" or fusion.weighting == "reference"):
-            raise ValueError("fusion.temperature: only used with fusion.kind 'avg_ce' and fusion.weighting 'softmax'")
-        # Values, not whether a key is given: a dumped configuration gives every key.
-        if fusion.window != FusionConfig.model_fields["window"].default and fusion.level != "token":
-            raise ValueError("fusion.window: only used with fusion.level 'token'")
-        if fusion.weighting == "reference" and fusion.kind != "avg_ce" and not self.compat:
-            raise ValueError("fusion.weighting: only used with fusion.kind 'avg_ce'")
-        if self.compat and fusion.kind not in ("min_ce", "avg_ce"):
-            raise ValueError(f"compat: {self.compat!r} knows no fusion.kind {fusion.kind!r}; use min_ce or avg_ce")
-        self._check_pairs()
-
-    def _check_pairs(self) -> None:
-        merge, n = self.fusion.merge, len(self.partners)
-        if self.fusion.kind != "pairwise":
-            if merge is not None:
-                raise ValueError("fusion.merge: only used with fusion.kind 'pairwise'")
-            return
-        if merge is None:
-            raise ValueError("fusion.merge: kind 'pairwise' needs a method to merge with, for example `merge: sce`")
-        if n < 2 or (merge.method == "slerp" and n != 2):
-            wanted = "two" if merge.method == "slerp" else "two or more"
-            raise ValueError(f"fusion.kind: 'pairwise' needs {wanted} sources besides the target, here are {n}")
 
     @property
     def partners(self) -> tuple[ModelConfig, ...]:

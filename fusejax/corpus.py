@@ -11,7 +11,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fusejax import paths, reading, tokenizers
+from fusejax import conversations, paths, reading, tokenizers
 from fusejax.config import Config, CorpusConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -36,11 +36,15 @@ _SMALL_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """id: the first 16 hex digits of the text's sha256, with `.p` for part p of a document that was split."""
+    """id: the first 16 hex digits of the text's sha256, with `.p` for part p of a document that was split.
+
+    conversation: the messages (`fusejax.conversations.dump`) where it is one; then `text` is what the assistant says.
+    """
 
     id: str
     domain: str
     text: str
+    conversation: str = ""
 
 
 def read_documents(corpus: CorpusConfig, counts: Counter[str] | None = None) -> Iterator[Document]:
@@ -61,7 +65,7 @@ def read_documents(corpus: CorpusConfig, counts: Counter[str] | None = None) -> 
         wanted = corpus.domains is None or domain in corpus.domains
         return not wanted or (corpus.limit is not None and taken[domain] >= corpus.limit)
 
-    for where, domain, text in reading.texts(corpus, full):
+    for where, domain, text, conversation in reading.texts(corpus, full):
         domains.add(domain)
         if corpus.domains is not None and domain not in corpus.domains:
             continue
@@ -70,7 +74,7 @@ def read_documents(corpus: CorpusConfig, counts: Counter[str] | None = None) -> 
                 raise UserError(f"{where}: the text is empty; remove this document")
             counts["empty"] += 1
             continue
-        data = text.encode("utf-8")
+        data = (conversation or text).encode("utf-8")
         name = sha256(data).hexdigest()[:16]
         if name in seen:
             counts["duplicates"] += 1
@@ -84,7 +88,7 @@ def read_documents(corpus: CorpusConfig, counts: Counter[str] | None = None) -> 
         seen.add(name)
         taken[domain] += 1
         size[domain] += len(data)
-        yield Document(name, domain, text)
+        yield Document(name, domain, text, conversation)
     if not taken:
         raise UserError(_none_left(corpus, domains, counts))
 
@@ -106,6 +110,20 @@ def check(corpus: CorpusConfig) -> None:
         raise UserError(f"{corpus.path}: no documents")
 
 
+def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[dict[str, np.ndarray]]:
+    """The tokens of documents: ids and boundaries int32 [n]; of conversations what `conversations.encode` gives."""
+    chats = [document for document in documents if document.conversation]
+    if not chats:
+        encoded = tokenizer.encode_batch([document.text for document in documents])
+        return [{"ids": ids, "boundaries": boundaries} for ids, boundaries in encoded]
+    if tokenizer.template is None:
+        raise UserError(f"{tokenizer.name}: reads conversations with `bos: template` only")
+    return [
+        conversations.encode(tokenizer, conversations.load(document.conversation), f"conversation {document.id}")
+        for document in chats
+    ]
+
+
 def split_document(document: Document, tokenizers: Sequence[Tokenizer], max_tokens: int) -> list[Document]:
     """The document in parts of at most `max_tokens` tokens in every tokenizer, EOS and BOS included.
 
@@ -117,7 +135,7 @@ def split_document(document: Document, tokenizers: Sequence[Tokenizer], max_toke
 
 def _parts(document: Document, texts: Sequence[str]) -> list[Document]:
     if len(texts) == 1:
-        return [document]
+        return [replace(document, text=texts[0])]
     return [Document(f"{document.id}.{p}", document.domain, text) for p, text in enumerate(texts)]
 
 
@@ -129,7 +147,7 @@ def local_size(corpus: CorpusConfig) -> int | None:
         on_disk = [(path, paths.size(path)) for path, _ in reading.files(corpus)]
         if sum(size for _, size in on_disk) > _SMALL_BYTES:
             return sum(size * (3 if path.suffix in (".gz", ".parquet") else 1) for path, size in on_disk)
-    return sum(len(document.text.encode("utf-8")) for document in read_documents(corpus))
+    return sum(len((document.conversation or document.text).encode("utf-8")) for document in read_documents(corpus))
 
 
 def prepare(config: Config) -> None:
@@ -256,7 +274,7 @@ class _Preparation:
         with progress(self._title, sum(map(len, missing.values()))) as bar:
             waiting: list[dict[str, str]] = []
             for n, part in enumerate(self._cut(ends, counts), 1):
-                waiting.append({"id": part.id, "domain": part.domain, "text": part.text})
+                waiting.append(_record(part))
                 if len(waiting) == _SHARD_DOCUMENTS or n == counts.sum():
                     shard = (n - 1) // _SHARD_DOCUMENTS
                     if shard in missing:
@@ -306,6 +324,10 @@ class _Preparation:
 
     def _split(self, batch: Sequence[Document]) -> Iterator[list[int]]:
         """For each document the lengths of its parts (in characters); none where a tokenizer has no token for one."""
+        if self._corpus.messages_key is not None:
+            for document in batch:
+                yield self._opening(document)
+            return
         texts = [document.text for document in batch]
         tokens = np.array([[len(ids) for ids, _ in t.encode_batch(texts)] for t in self._tokenizers])
         most = np.array([room(t, self._max_length) for t in self._tokenizers])
@@ -320,6 +342,18 @@ class _Preparation:
                 say(f"{self._title}: document {batch[d].id} is left out: a tokenizer has no token for part of it")
                 yield []
 
+    def _opening(self, document: Document) -> list[int]:
+        """The length of a conversation's text up to the last turn of the assistant that fits; none where none does."""
+        for messages in conversations.openings(conversations.load(document.conversation)):
+            where = f"conversation {document.id}"
+            encoded = [conversations.encode(t, messages, where)["ids"] for t in self._tokenizers]
+            if all(len(ids) <= room(t, self._max_length) for ids, t in zip(encoded, self._tokenizers, strict=True)):
+                return [len(conversations.spoken(messages))]
+        say(
+            f"{self._title}: conversation {document.id} is left out: its first turn is beyond {self._max_length} tokens"
+        )
+        return []
+
     def _write_tokens(self, documents: Store, tokenizer: Tokenizer) -> bool:
         """Whether there was anything left to write."""
         inputs = {"text": fingerprint(documents.inputs), "tokenizer": tokenizer.fingerprint}
@@ -333,8 +367,8 @@ class _Preparation:
         with progress(title, sum(len(span) for _, span in missing)) as bar:
             for shard, span in missing:
                 records = [documents[i] for i in span]
-                encoded = tokenizer.encode_batch([record["text"] for record in records])
-                for record, (ids, _) in zip(records, encoded, strict=True):
+                encoded = encode(tokenizer, [Document(**record) for record in records])
+                for record, ids in zip(records, (tokens["ids"] for tokens in encoded), strict=True):
                     if not 0 < len(ids) <= most:
                         raise UserError(
                             f"{self._folder}: its documents were split for other tokenizers than that of "
@@ -342,10 +376,16 @@ class _Preparation:
                             f"{most}; remove that folder to split them anew, or choose another `output`"
                         )
                     total += len(ids)
-                writer.write(shard, [{"ids": ids, "boundaries": boundaries} for ids, boundaries in encoded])
+                writer.write(shard, encoded)
                 bar.advance(len(span))
         writer.finish({"tokenizer": tokenizer.name})
         return True
+
+
+def _record(part: Document) -> dict[str, str]:
+    record = {"id": part.id, "domain": part.domain, "text": part.text}
+    kept = part.conversation and conversations.opening(part.conversation, part.text)
+    return record | ({"conversation": kept} if kept else {})
 
 
 def _batches(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:

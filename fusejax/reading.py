@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusejax import hub, paths
+from fusejax import conversations, hub, paths
 from fusejax.config import CorpusConfig
 from fusejax.errors import UserError
 
@@ -19,11 +19,15 @@ _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 
 
 class Text(NamedTuple):
-    """One text of a corpus. where: its file and place, for messages."""
+    """One text of a corpus. where: its file and place, for messages.
+
+    conversation: of corpus.messages_key, as JSON (see `fusejax.conversations`); its `text` is what the assistant says.
+    """
 
     where: str
     domain: str
     text: str
+    conversation: str = ""
 
 
 def texts(corpus: CorpusConfig, full: Callable[[str], bool] = lambda domain: False) -> Iterator[Text]:
@@ -99,20 +103,28 @@ def _field(record: Any, key: str, where: str, setting: str) -> Any:
 
 def _text(record: Any, corpus: CorpusConfig, where: str, domain: str) -> Text:
     """A record's text and domain, checked."""
+    if corpus.messages_key is not None:
+        messages = conversations.read(_field(record, corpus.messages_key, where, "messages_key"), where)
+        text = conversations.spoken(messages)
+        return Text(where, _domain(record, corpus, where, domain), text, conversations.dump(messages))
     text = _field(record, corpus.text_key, where, "text_key")
     if isinstance(text, bytes):
         text = decode(text, where)
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
         raise UserError(f"{where}: key {corpus.text_key!r} should hold a text, it holds a value of type {kind}")
-    if corpus.domain_key is not None:
-        domain = _field(record, corpus.domain_key, where, "domain_key")
-        domain = decode(domain, where) if isinstance(domain, bytes) else str(domain)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{where}: the text holds half a surrogate pair, which UTF-8 cannot hold") from None
-    return Text(where, domain, text)
+    return Text(where, _domain(record, corpus, where, domain), text)
+
+
+def _domain(record: Any, corpus: CorpusConfig, where: str, default: str) -> str:
+    if corpus.domain_key is None:
+        return default
+    domain = _field(record, corpus.domain_key, where, "domain_key")
+    return decode(domain, where) if isinstance(domain, bytes) else str(domain)
 
 
 def decode(data: bytes, where: str) -> str:
@@ -167,10 +179,12 @@ def _parquet(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
 
 
 def _keys(corpus: CorpusConfig) -> list[str]:
-    return [corpus.text_key, *([corpus.domain_key] if corpus.domain_key else [])]
+    return [corpus.messages_key or corpus.text_key, *([corpus.domain_key] if corpus.domain_key else [])]
 
 
 def _plain(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
+    if corpus.messages_key is not None:
+        raise UserError(f"{path}: corpus.messages_key {corpus.messages_key!r} means nothing for text files")
     if corpus.domain_key is not None:
         raise UserError(f"{path}: corpus.domain_key {corpus.domain_key!r} means nothing for text files")
     try:
@@ -189,6 +203,8 @@ _READERS: dict[str | None, Callable[[Path, CorpusConfig, str], Iterator[Text]]] 
 
 
 def _stdlib(corpus: CorpusConfig) -> Iterator[Text]:
+    if corpus.messages_key is not None:
+        raise UserError("corpus.messages_key: `stdlib:` holds no conversations")
     from fusejax import stdlib_corpus
 
     for item in stdlib_corpus.documents(corpus.split):

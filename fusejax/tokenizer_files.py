@@ -63,7 +63,9 @@ def stamps(model: str) -> tuple[tuple[str, int, int], ...]:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return ()
-    found = [(file.name, file.stat()) for file in folder.iterdir() if file.suffix in (".json", ".model", ".txt")]
+    found = [
+        (file.name, file.stat()) for file in folder.iterdir() if file.suffix in (".json", ".model", ".txt", ".jinja")
+    ]
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fusejax import canonical, tokenizer_files
+from fusejax import canonical, conversations, tokenizer_files
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.store import fingerprint
@@ -29,7 +29,8 @@ class Tokenizer:
     canonical_bytes: per id the bytes of text that it stands for; None for special tokens and unused ids.
 
     hf: a tokenizer of transformers; its backend is changed, unless `copy`. split_special: whether '</s>' written in a
-    text is text (True, right for documents) or the special token. bos: `never` to leave BOS out whatever hf does.
+    text is text (True, right for documents) or the special token. bos: `never` to leave BOS out whatever hf does,
+    `template` to read conversations by hf's chat template (`template`, else None; see `fusejax.conversations`).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Tokenizer:
         if not any(self.canonical_bytes):
             raise UserError(f"{self.name}: its tokenizer has no tokens; save the whole of it (tokenizer.json) there")
         self.vocab_size = len(self.canonical_bytes)
+        self.template: conversations.Template | None = None
         described = [spec[key] for key in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")]
         described += [sorted(specials), split_special]
         self.text_fingerprint: str = fingerprint(json.dumps(described).encode())
@@ -60,12 +62,23 @@ class Tokenizer:
         self._bytes = np.array([c or b"" for c in self.canonical_bytes], object)
         self.lengths = np.array([len(c or b"") for c in self.canonical_bytes], np.int32)
         """int32[vocab_size]: how many bytes each token stands for; 0 for special tokens."""
+        if bos == "template":
+            self._take_template(conversations.Template(hf, self.name))
+
+    def _take_template(self, template: conversations.Template) -> None:
+        """Read conversations by it: it writes BOS itself, and the token that ends its turns is EOS, to map by role."""
+        self.template = template
+        ends_turn = template.ends_turn(self)
+        if ends_turn is not None:
+            self.roles["eos"] = ends_turn
+        self.fingerprint = fingerprint([self.text_fingerprint, self.roles, self.adds_bos, template.fingerprint])
 
     @classmethod
     def load(
         cls, model: str, revision: str | None = None, bos: str = "auto", split_special: bool = True
     ) -> "Tokenizer":
         """The tokenizer of a local folder or a hub name; UserError where there is none or the hub is out of reach."""
+        split_special = split_special and bos != "template"  # a template writes special tokens
         return _loaded(model, revision, bos, split_special, tokenizer_files.stamps(model))
 
     @classmethod

@@ -74,12 +74,12 @@ def test_wins_by_domain_count_documents():
     }
     # Equal ones go to the first; a document without any number counts for none.
     assert alignment_report.source_wins(alignment) == {"law": {"a": 0.25, "b": 0.75}}
-    page = alignment_report.wins_picture(alignment_report.source_wins(alignment))
-    assert page == alignment_report.wins_picture(alignment_report.source_wins(alignment))
+    page = alignment_report.wins_section(alignment_report.source_wins(alignment))
+    assert page == alignment_report.wins_section(alignment_report.source_wins(alignment))
     assert "law" in page
     assert alignment_report.source_wins({"a": alignment["a"]}) == {}
     assert alignment_report.source_wins({"a": {}, "b": {}}) == {}
-    assert alignment_report.wins_picture({}) == ""
+    assert alignment_report.wins_section({}) == ""
 
 
 def test_rows_won_of_pairs_are_those_of_their_own_copies():

@@ -144,6 +144,13 @@ def test_dry_run_of_the_papers_three_domains(capsys):
     assert "train clm" not in capsys.readouterr().out
 
 
+def test_dry_run_of_the_recipe_for_chat_models(capsys):
+    load_main()([str(TRAIN_PY.parent / "configs" / "fusechat-7b.yaml"), "--dry-run"])
+    out = capsys.readouterr().out
+    assert "train pair/Nous-Hermes-2-SOLAR-10.7B" in out
+    assert "sce of 2 copies" in out
+
+
 def test_each_stage_by_itself(write_config, tmp_path, capsys):
     path = str(write_config())
     with pytest.raises(SystemExit) as stopped:
@@ -185,7 +192,7 @@ def test_a_cache_of_another_text_is_refused(write_config, inputs, tmp_path):
     with pytest.raises(UserError, match="text"):
         load_main()([str(path), f"corpus.path={other}"])
     with pytest.raises(UserError, match="top_k"):
-        load_main()([str(path), "cache.top_k=3"])
+        load_main()([str(path), "cache.top_k=7"])
 
 
 def run_until(path, marker, delay, number=signal.SIGKILL):

@@ -56,15 +56,16 @@ def row_mapper(
     """The function (a text's UTF-8, target's tokens, source's tokens) → row map, for all texts of the pair."""
     if method not in METHODS:
         raise ValueError(f"row map {method!r} is unknown; known: {', '.join(METHODS)}")
-    if target_tok.text_fingerprint == source_tok.text_fingerprint:
-        return lambda _data, target, _source: identity(len(target.ids))
-    if method == "mined":
+    same = target_tok.text_fingerprint == source_tok.text_fingerprint
+    if method == "mined" and not same:
         from fusejax.alignment.mined import MinedRows  # which builds on this module
 
         mined = MinedRows(target_tok, source_tok)
         return lambda _data, target, source: mined(target, source)
 
     def by_text(data: bytes, target: Tokens, source: Tokens) -> np.ndarray:
+        if same and np.array_equal(target.ids, source.ids):  # not so for turns that two chat templates surround
+            return identity(len(target.ids))
         rows_T2 = map_rows(data, target, source, source_tok, method)
         if not len(source.ids):
             return rows_T2

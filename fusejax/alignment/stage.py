@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from fusejax.alignment.chain import GoldChain, pack_chain, unpack_chain
 from fusejax.alignment.quality import KINDS, Quality, measure, row_kinds, top_tokens
 from fusejax.alignment.rows import Tokens, row_mapper
 from fusejax.alignment.tokens import TokenTable, table_columns
+from fusejax.alignment.turns import View, map_turns, views
 from fusejax.config import Config, ModelConfig
+from fusejax.conversations import text_ce
 from fusejax.deciding import document_ce
 from fusejax.errors import UserError
 from fusejax.parallel import run_shards
@@ -112,7 +115,9 @@ class Pair:
         self._config, self._model, self._label = config, source, source.label
         self._folder = config.folder / "alignment" / source.label
         self._target, self._source = tokenizers.for_model(config.target), tokenizers.for_model(source)
-        self._same = self._target.text_fingerprint == self._source.text_fingerprint
+        self._chat = self._target.template is not None
+        # Chat templates can make other tokens of a turn's beginning, so that rows may stand inside tokens all the same.
+        self._same = self._target.text_fingerprint == self._source.text_fingerprint and not self._chat
         self._documents = corpus.documents(config)
         tokens = config.folder / "data/train/tokens"
         self._target_tokens = Store(tokens / self._target.fingerprint)
@@ -193,13 +198,21 @@ class Pair:
         method, sample = self._config.alignment.tokens, None
         if method == "stats":
             every = -(-len(self._documents) // _COUNTED)
-            sample = (self._tokens(i) for i in range(0, len(self._documents), every))
+            sample = (pair for i in range(0, len(self._documents), every) for pair in self._texts(i))
         table = cache.token_table(self._target, self._source, method, columns, sample)
         write_atomically(self._folder / _TABLE, cache.pack(table))
 
     def _tokens(self, i: int) -> tuple[Tokens, Tokens]:
         target, source = self._target_tokens[i], self._source_tokens[i]
         return Tokens(target["ids"], target["boundaries"]), Tokens(source["ids"], source["boundaries"])
+
+    def _views(self, i: int) -> Iterator[View]:
+        """The turns of conversation i."""
+        return views(self._documents[i]["text"], self._target_tokens[i], self._source_tokens[i])
+
+    def _texts(self, i: int) -> list[tuple[Tokens, Tokens]]:
+        """Document i's text in both tokenizers; of a conversation each turn's."""
+        return [view.said() for view in self._views(i)] if self._chat else [self._tokens(i)]
 
     def _report(self, cached: SourceCache | None) -> dict[str, Any]:
         """The report of all documents by their row maps alone or, where the source's cache is there, of a sample.
@@ -210,7 +223,7 @@ class Pair:
         chains = Chains(self._config, self._model) if cached and self._config.alignment.gold_chain else None
         every = 1 if cached is None else -(-len(self._documents) // _SAMPLE)
         sample, row_maps = range(0, len(self._documents), every), Store(self._folder)
-        text_ce: list[list[Any]] = []  # [domain, nats per byte] of each document of the sample
+        by_document: list[list[Any]] = []  # [domain, nats per byte] of each document of the sample
         with progress(f"align {self._label}: report", len(sample)) as bar:
             for i in sample:
                 bar.advance()
@@ -218,25 +231,52 @@ class Pair:
                 if cached is None:
                     total.add_rows(record["kinds"], record["causes"])
                     continue
-                values, row_map_T2, (target, source) = cached[i], record["row_map"], self._tokens(i)
-                text_ce.append(self._text_ce(i, values["ce"]))
-                if len(values["ce"]):
-                    gold_T = None if chains is None else unpack_chain(chains[i], row_map_T2, values["ce"])
-                    empty_N = measure(total, target, source, row_map_T2, table, values, self._target.vocab_size, gold_T)
-                else:  # the source gave no numbers there
-                    empty_N = np.arange(len(row_map_T2))
-                total.add_measured(row_kinds(target, source, row_map_T2), record["causes"], empty_N)
+                values, row_map_T2 = cached[i], record["row_map"]
+                by_document.append(self._text_ce(i, values["ce"]))
+                gold_T = None
+                if chains is not None and len(values["ce"]):
+                    gold_T = unpack_chain(chains[i], row_map_T2, values["ce"])
+                self._add(total, i, row_map_T2, table, values, gold_T, record["causes"])
         report = total.report()
         report["documents"]["there"] = len(self._documents)
-        report["text_ce"] = text_ce
+        report["text_ce"] = by_document
         return report | {"top_tokens": top_tokens(total, table, self._target, self._source)}
+
+    def _add(
+        self,
+        total: Quality,
+        i: int,
+        row_map_T2: np.ndarray,
+        table: TokenTable,
+        values: dict[str, np.ndarray],
+        gold_T: np.ndarray | None,
+        causes: np.ndarray,
+    ) -> None:
+        """Add document i, of a conversation its turns, to the report's numbers."""
+        parts: list[tuple[Tokens, Tokens, np.ndarray, slice, slice]]
+        if self._chat:
+            parts = [(v.target, v.source, v.local(row_map_T2), v.target_rows, v.source_rows) for v in self._views(i)]
+        else:
+            parts = [(*self._tokens(i), row_map_T2, slice(None), slice(None))]
+        kinds_T, empty_N, at = [], [], 0
+        for target, source, rows_T2, target_rows, source_rows in parts:
+            kinds_T.append(row_kinds(target, source, rows_T2))
+            if len(values["ce"]):
+                seen = {name: array[source_rows] for name, array in values.items()}
+                gold = None if gold_T is None else gold_T[target_rows]
+                found = measure(total, target, source, rows_T2, table, seen, self._target.vocab_size, gold)
+            else:  # the source gave no numbers there
+                found = np.arange(len(rows_T2))
+            empty_N.append(found + at)
+            at += len(rows_T2)
+        total.add_measured(np.concatenate(kinds_T), causes, np.concatenate(empty_N))
 
     def _text_ce(self, i: int, ce_R: np.ndarray) -> list[Any]:
         """[domain, nats per byte] of document i; None where the source has no number there, as JSON knows no inf."""
         ce = float("inf")
         if len(ce_R):
-            has_eos = self._source.eos_id is not None
-            ce = document_ce(ce_R, self._source_tokens[i]["boundaries"], has_eos=has_eos).mean
+            tokens, has_eos = self._source_tokens[i], self._source.eos_id is not None
+            ce = document_ce(text_ce(ce_R, tokens), tokens["boundaries"], has_eos=has_eos).mean
         return [self._documents[i]["domain"], ce if np.isfinite(ce) else None]
 
 
@@ -279,12 +319,25 @@ class _RowMaps(_Shards):
 
     def record(self, i: int) -> dict[str, np.ndarray]:
         target, source = self._tokens(i)
-        data, rows = self._documents[i]["text"].encode("utf-8"), self._config.alignment.rows
-        row_map_T2 = self._map_rows(data, target, source)
-        kinds = np.bincount(row_kinds(target, source, row_map_T2), minlength=len(KINDS))
-        causes = fallback_causes(data, target, source, self._target, self._source, row_map_T2, rows)
+        text = self._documents[i]["text"]
+        if self._chat:
+            both = (self._target, self._source)
+            row_map_T2 = map_turns(text, self._target_tokens[i], self._source_tokens[i], both, self._map_rows)
+            counts = [self._counts(v.data, v.target, v.source, v.local(row_map_T2)) for v in self._views(i)]
+        else:
+            row_map_T2 = self._map_rows(text.encode("utf-8"), target, source)
+            counts = [self._counts(text.encode("utf-8"), target, source, row_map_T2)]
+        kinds, causes = (np.sum(each, 0).astype(np.int32) for each in zip(*counts, strict=True))
         dtype = np.int16 if len(source.ids) <= np.iinfo(np.int16).max else np.int32
-        return {"row_map": row_map_T2.astype(dtype), "kinds": kinds.astype(np.int32), "causes": causes}
+        return {"row_map": row_map_T2.astype(dtype), "kinds": kinds, "causes": causes}
+
+    def _counts(
+        self, data: bytes, target: Tokens, source: Tokens, row_map_T2: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How many rows have each kind, and each cause."""
+        kinds = np.bincount(row_kinds(target, source, row_map_T2), minlength=len(KINDS))
+        rows = self._config.alignment.rows
+        return kinds, fallback_causes(data, target, source, self._target, self._source, row_map_T2, rows)
 
 
 class _Chains(_Shards):
@@ -297,5 +350,14 @@ class _Chains(_Shards):
         (target, source), row_map_T2, rows = self._tokens(i), self._row_maps[i]["row_map"], self._rows[i]
         if not len(rows["ce"]):  # the source gave no numbers there
             return {"rows": np.zeros(0, np.uint16), "values": np.zeros(0, np.float32)}
-        gold_T = self._chain(target.boundaries, row_map_T2, source.ids, source.boundaries, rows)
+        if self._chat:
+            gold_T = np.full(len(row_map_T2), -np.inf, np.float32)
+            for v in self._views(i):
+                seen = {name: array[v.source_rows] for name, array in rows.items()}
+                local_T2 = v.local(row_map_T2)
+                gold_T[v.target_rows] = self._chain(
+                    v.target.boundaries, local_T2, v.source.ids, v.source.boundaries, seen
+                )
+        else:
+            gold_T = self._chain(target.boundaries, row_map_T2, source.ids, source.boundaries, rows)
         return pack_chain(gold_T, row_map_T2, rows["ce"])

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fusejax import alignment, distributed, merging, store, tokenizers, training
+from fusejax import alignment, conversations, distributed, merging, store, tokenizers, training
 from fusejax.config import COMPAT, Config, FusionConfig, ModelConfig, validate
 from fusejax.deciding import document_ce, joint_ce
 from fusejax.errors import UserError
@@ -95,7 +95,7 @@ def _training_ce(config: Config, source: ModelConfig) -> float:
     cache = SourceCache.of(config, source)
     parts = []
     for record, text in zip(cache, tokens, strict=True):
-        ce = np.asarray(record["ce"])
+        ce = conversations.text_ce(np.asarray(record["ce"]), text)
         if len(ce):  # not a document that the source broke on
             parts.append(document_ce(ce, text["boundaries"], has_eos=tokenizer.eos_id is not None))
     return joint_ce(parts)

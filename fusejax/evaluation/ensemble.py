@@ -38,6 +38,7 @@ from fusejax.evaluation.perplexity import (
     require_number,
     resolve_stride,
     scored_span,
+    spoken_losses,
     token_losses,
     windowed,
 )
@@ -108,8 +109,9 @@ def _arithmetic(members: Sequence[Member], shares: np.ndarray, **options: Any) -
         with progress(f"ensemble: {member.name}", len(member.tokens)) as bar:
             found = []
             ids = (text["ids"] for text in member.tokens)
-            for ce in token_losses(member.load(), member.tokenizer, ids, name=member.name, **options):
-                found.append(ce)
+            losses_of = token_losses(member.load(), member.tokenizer, ids, name=member.name, **options)
+            for ce, text in zip(losses_of, member.tokens, strict=True):
+                found.append(spoken_losses(ce, text))
                 bar.advance(1)
         losses.append(found)
     for i in range(len(members[0].tokens)):

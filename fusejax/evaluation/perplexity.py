@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from fusejax import sharding
+from fusejax import conversations, sharding
 from fusejax.errors import UserError
 from fusejax.progress import progress
 from fusejax.scoring import Scorer, check_fits, inputs_and_labels
@@ -96,15 +96,28 @@ def measure(
     )
     with progress(f"evaluate {name}", total) as bar:
         for record, text, ce in zip(documents, ours, losses, strict=True):
+            ce = spoken_losses(ce, text)
             nats = float(ce.sum(dtype=np.float64))
             require_number(nats, name, record)
             domain = sums.setdefault(record["domain"], DomainSums())
             first, end = scored_span(tokenizer, text["boundaries"])
-            domain.add(DomainSums(nats, end - first, len(ce), 1))
+            domain.add(DomainSums(nats, end - first, counted(ce, text), 1))
             n_tokens += len(ce)
             bar.advance(1, f"{n_tokens / (time.monotonic() - started):,.0f} tokens/s")
     require_bytes(sums, name)
     return sums
+
+
+def spoken_losses(ce: np.ndarray, text: dict[str, Any]) -> np.ndarray:
+    """`token_losses` of a document; of a conversation 0 for tokens that are not what the assistant says."""
+    inside = conversations.text_tokens(text)
+    return ce if inside is None else np.where(inside[len(inside) - len(ce) :], ce, 0).astype(ce.dtype)
+
+
+def counted(ce: np.ndarray, text: dict[str, Any]) -> int:
+    """Of how many tokens a document's losses are."""
+    inside = conversations.text_tokens(text)
+    return len(ce) if inside is None else int(inside.sum())
 
 
 def scored_span(tokenizer: Tokenizer, boundaries: np.ndarray) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fusejax import models, sharding, store, tokenizers
 from fusejax.config import CorpusConfig, ModelConfig
-from fusejax.corpus import Document, read_documents
+from fusejax.corpus import Document, encode, read_documents
 from fusejax.errors import UserError
 from fusejax.evaluation import ensemble
 from fusejax.evaluation.perplexity import DomainSums, measure, numbers
@@ -75,8 +75,7 @@ def measure_ensemble_of(
 
     def member(model: ModelConfig) -> ensemble.Member:
         tokenizer = tokenizers.for_model(model)
-        encoded = tokenizer.encode_batch([document.text for document in documents])
-        tokens = [{"ids": ids, "boundaries": boundaries} for ids, boundaries in encoded]
+        tokens = encode(tokenizer, documents)
         load = partial(models.load, model.model, mesh=mesh, dtype=dtype, compute_dtype=dtype, revision=model.revision)
         return ensemble.Member(model.label, tokenizer, tokens, load)
 
@@ -101,9 +100,7 @@ def _tokenized(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[Doc
     waiting: list[Document] = []
 
     def flush() -> Iterator[tuple[Document, dict[str, Any]]]:
-        encoded = tokenizer.encode_batch([document.text for document in waiting])
-        for document, (ids, boundaries) in zip(waiting, encoded, strict=True):
-            yield document, {"ids": ids, "boundaries": boundaries}
+        yield from zip(waiting, encode(tokenizer, waiting), strict=True)
         waiting.clear()
 
     for document in read_documents(corpus):
