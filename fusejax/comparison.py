@@ -144,7 +144,7 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
     parts = [
         "<h1>Comparison</h1>",
         "<h2>Bits per byte on held-out text, lower is better</h2>",
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        f'<table class="runs"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
     ]
     for name, members in grouped.items():
         means = {row.model: row.values for row in rows if row.group == name}

@@ -93,7 +93,10 @@ def losses(histories: dict[str, list[dict[str, Any]]]) -> str:
         color = COLORS.get(name)
         axes.plot(tokens, values, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(
-            tokens, _smooth(values, max(1, len(values) // 20)), color=color, label=f"{label(name)}, training text"
+            tokens,
+            _smooth(values, min(len(values), max(5, len(values) // 20))),
+            color=color,
+            label=f"{label(name)}, training text",
         )
     axes.set_xlabel("million target tokens")
     axes.set_ylabel("CLM loss (nats per token)")
@@ -111,7 +114,7 @@ def bits_per_byte(report: dict[str, Any]) -> str:
     for i, (name, values) in enumerate(scores.items()):
         at = [column + (i - (len(scores) - 1) / 2) * width for column in range(len(columns))]
         color = COLORS.get(name) or next(others)
-        axes.bar(at, [values[column] for column in columns], width * 0.92, label=name, color=color)
+        axes.bar(at, [values[column] for column in columns], width * 0.92, label=label(name), color=color)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylabel("bits per byte")
     axes.grid(axis="x", visible=False)

@@ -200,7 +200,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #8884; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .runs :is(th, td):nth-child(2) { text-align: left; }
 .scores tbody tr:last-child td { font-weight: 600; }
 svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 pre { background: #8881; padding: 1rem; overflow: auto; font-size: .85rem; }
