@@ -14,7 +14,6 @@ import contextlib
 import gzip
 import json
 import os
-import resource
 import secrets
 import signal
 import statistics
@@ -148,14 +147,13 @@ def passes(program: str) -> bool:
         path.write_text(f"{program}\nimport sys as _sys\n_sys.__stdout__.write('\\n{mark}')\n", "utf-8", "replace")
         with out.open("wb") as shown:
             process = subprocess.Popen(
-                [sys.executable, "-I", str(path)],
+                [sys.executable, "-I", "-c", _launcher(), str(path)],
                 cwd=folder,
                 env={"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder},
                 stdin=subprocess.DEVNULL,
                 stdout=shown,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_bound,
             )
             try:
                 status = process.wait(_SECONDS)
@@ -166,15 +164,16 @@ def passes(program: str) -> bool:
         return status == 0 and out.read_bytes().endswith(mark.encode())
 
 
-def _bound() -> None:
-    """In the new process, before the program: its limits."""
-    for what, most in (
-        (resource.RLIMIT_CPU, _SECONDS),
-        (resource.RLIMIT_AS, _MEMORY),
-        (resource.RLIMIT_FSIZE, _WRITTEN),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (most, most))
+def _launcher() -> str:
+    """A program that limits its own process and becomes the one named.
+
+    A fork of this process, with JAX's threads in it, could not do that safely.
+    """
+    limits = {"CPU": _SECONDS, "AS": _MEMORY, "FSIZE": _WRITTEN, "CORE": 0}
+    set_each = "; ".join(
+        f"resource.setrlimit(resource.RLIMIT_{what}, ({most}, {most}))" for what, most in limits.items()
+    )
+    return f"import os, resource, sys; {set_each}; os.execv(sys.executable, [sys.executable, '-I', sys.argv[1]])"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
