@@ -70,6 +70,9 @@ def show_document(config: Config, document: str, source: str | None) -> None:
     source_rows = SourceCache.of(config, model)[i] if (manifest or {}).get("complete") else None
     record = documents[i]
     say(f"document {i} ({record['id']}), {len(record['text'].encode())} bytes")
+    if "conversation" in record:
+        say("a conversation: what the assistant says, as one document, without templates and the source's own rows")
+        source_rows = None
     found = lines(record["text"], target_tok, source_tok, table, config.alignment.rows, source_rows)
     _print(found, config.target.label, model.label)
 
