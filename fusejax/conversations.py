@@ -90,7 +90,7 @@ def opening(conversation: str, text: str) -> str:
 class Template:
     """A model's chat template, and its token that ends a turn.
 
-    fingerprint: of what it writes.
+    fingerprint: of what it writes. end: the id of that token, None where it ends turns without one; see `find_end`.
     """
 
     def __init__(self, hf: Any, name: str) -> None:
@@ -98,6 +98,7 @@ class Template:
         if not getattr(hf, "chat_template", None):
             raise UserError(f"{name}: its tokenizer has no chat template; put chat_template.jinja into its folder")
         self.fingerprint: str = json.dumps(hf.chat_template)
+        self.end: int | None = None
 
     def pieces(self, messages: Sequence[Message], where: str = "a conversation") -> list[str]:
         """What stands before, between and after the assistant's turns; the template's text is theirs put together.
@@ -129,11 +130,12 @@ class Template:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self._name}: its chat template refuses {where} ({reason})") from None
 
-    def ends_turn(self, tokenizer: Any) -> int | None:
-        """The special token that the template puts after what the assistant says, in a tokenizer that splits none."""
+    def find_end(self, tokenizer: Any) -> int | None:
+        """Set `end`: the first special token after what the assistant says. tokenizer: one that splits none."""
         _, after = self.pieces(_PROBE)
         ids, _ = tokenizer.encode(after)
-        return next((int(i) for i in ids if tokenizer.canonical_bytes[i] is None), None)
+        self.end = next((int(i) for i in ids if tokenizer.canonical_bytes[i] is None), None)
+        return self.end
 
 
 def encode(tokenizer: Any, messages: Sequence[Message], where: str = "a conversation") -> dict[str, np.ndarray]:
@@ -154,7 +156,7 @@ def encode(tokenizer: Any, messages: Sequence[Message], where: str = "a conversa
         end = int(np.searchsorted(ends_T, stop, side="left")) + 1
         later = starts[number + 1] if number + 1 < len(starts) else len(whole.encode())
         last = int(np.searchsorted(ends_T, later, side="right"))
-        closing: np.ndarray = np.flatnonzero(ids[end:last] == (-1 if tokenizer.eos_id is None else tokenizer.eos_id))
+        closing = np.flatnonzero(ids[end:last] == (-1 if tokenizer.template.end is None else tokenizer.template.end))
         if first == 0:
             raise UserError(
                 f"{tokenizer.name}: its chat template writes nothing before the assistant's turn in {where}"

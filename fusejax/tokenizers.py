@@ -68,9 +68,9 @@ class Tokenizer:
     def _take_template(self, template: conversations.Template) -> None:
         """Read conversations by it: it writes BOS itself, and the token that ends its turns is EOS, to map by role."""
         self.template = template
-        ends_turn = template.ends_turn(self)
-        if ends_turn is not None:
-            self.roles["eos"] = ends_turn
+        end = template.find_end(self)
+        if end is not None:
+            self.roles["eos"] = end
         self.fingerprint = fingerprint([self.text_fingerprint, self.roles, self.adds_bos, template.fingerprint])
 
     @classmethod

@@ -114,6 +114,17 @@ def test_tokens_and_turns_are_the_templates(chat_models, name):
         assert (np.diff(made["boundaries"]) >= 0).all()
 
 
+def test_a_turn_without_an_end_of_its_own_takes_no_others(tmp_path):
+    """The end of the user's next turn is not the assistant's."""
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ '</s>' if m['role'] == 'user' }}{% endfor %}"
+    )
+    save_tokenizer(tmp_path / "model", 280, template, [])
+    tokenizer = tokenizers.Tokenizer.load(str(tmp_path / "model"), bos="template")
+    for turn in conversations.turns_of(conversations.encode(tokenizer, MESSAGES[0])):
+        assert turn.stop == turn.end
+
+
 def test_tokens_outside_the_assistants_turns_carry_no_loss(make_job, chat_models):
     job = make_job(sources=[])
     corpus.prepare(job)
