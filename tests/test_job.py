@@ -144,7 +144,8 @@ def test_dry_run_of_the_papers_three_domains(capsys):
     assert "train clm" not in capsys.readouterr().out
 
 
-def test_dry_run_of_the_recipe_for_chat_models(capsys):
+def test_dry_run_of_the_recipe_for_chat_models(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     load_main()([str(TRAIN_PY.parent / "configs" / "fusechat-7b.yaml"), "--dry-run"])
     out = capsys.readouterr().out
     assert "train pair/Nous-Hermes-2-SOLAR-10.7B" in out
