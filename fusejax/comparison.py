@@ -163,7 +163,8 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
 
 def _histories(run: Run) -> dict[str, Path]:
     found = {"fused": run.folder, "clm": run.folder / "clm"}
-    found |= {f"pair/{folder.name}": folder for folder in sorted((run.folder / "pairs").glob("*"))}
+    pairs = [name for name in run.report["training"] if name.startswith("pair/")]
+    found |= {name: run.folder / "pairs" / name.removeprefix("pair/") for name in pairs}
     return {model: folder for model, folder in found.items() if (folder / "metrics.jsonl").exists()}
 
 
