@@ -9,6 +9,7 @@ So files are made on this machine and sent, and files that a library must open a
 import contextlib
 import functools
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def staged(path: Path) -> Iterator[Path]:
             yield file
             send(file, path)
         return
-    file = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    file = path.with_name(f".{path.name}.tmp-{secrets.token_hex(6)}")  # containers on several hosts share process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield file

@@ -74,7 +74,8 @@ def _cache(config: Config, source: ModelConfig) -> None:
     tokens = Store(config.folder / "data/train/tokens" / tokenizer.fingerprint)
     made_from = inputs(config, source, tokenizer) | {"model": models.fingerprint(source.model, source.revision)}
     writer = StoreWriter(folder, made_from, len(tokens), shard_records(tokens, config.max_length))
-    if writer.done:
+    # Process 0 says, since a late one could find shards there that this very run has made.
+    if distributed.tell(f"source {source.label}: done", "yes" if writer.done else "no") == "yes":
         say(f"source {source.label}: done before, skipped")
         return
     if any("imported" in note for note in writer.notes()):
