@@ -15,6 +15,7 @@ from fusejax import aot, flops, models, sharding
 from fusejax.aot import Call, DoesNotFitError, Program
 from fusejax.config import CacheConfig, Config, MeshConfig
 from fusejax.errors import UserError
+from fusejax.training.runs import run_config, runs
 
 _BANDWIDTH = 1e11  # bytes a second that a device sends; a round number, only to sort candidates by
 
@@ -122,12 +123,13 @@ def changes(old: Config, new: Config) -> list[str]:
 
 
 def training(config: Config, shapes: dict[str, models.DecoderConfig], devices: Sequence[Any]) -> Stage:
-    """The stage `train` on these devices. shapes: by the models' names."""
+    """The stage `train` on these devices, of several fused runs the first. shapes: by the models' names."""
     shape = shapes[config.target.model]
-    tables = [shapes[source.model].vocab_size for source in config.sources]
+    run = runs(config)[0]
+    tables = [shapes[source.model].vocab_size for source in run_config(config, run).sources]
 
     def call(config: Config) -> Call:
-        return aot.train_call(config, shape, devices, source_vocabularies=tables)
+        return aot.train_call(run_config(config, run), shape, devices, source_vocabularies=tables)
 
     @functools.cache
     def held(mesh: MeshConfig) -> tuple[int, int]:

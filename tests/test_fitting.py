@@ -275,3 +275,13 @@ def test_sources_of_one_shape_are_compiled_once(planned):
     assert "train: the same program as one before" in said
     assert found["stages"][0]["memory"] == found["stages"][1]["memory"]
     assert found["stages"][0]["cache_bytes"] == 1e9 * (10 * (2 + 2) + 4)
+
+
+def test_a_pairwise_fusion_plans_one_of_its_runs():
+    """The step of the first pair, with its source and the target, traces."""
+    pairs = {"sources": ["EleutherAI/pythia-70m", "EleutherAI/pythia-160m", "EleutherAI/pythia-1b"], "mesh": {}}
+    pairs |= {"target": "EleutherAI/pythia-70m", "fusion": {"kind": "pairwise", "merge": "sce"}, "max_length": 64}
+    job = config.validate(JOB | pairs)
+    call = fitting.training(job, shapes(job), jax.devices()[:1]).call(job)
+    assert call.arguments[2]["source_ids"].shape[2] == len(call.arguments[3]) == 2
+    assert call.function.lower(*call.arguments).out_info is not None
