@@ -104,6 +104,17 @@ def losses(histories: dict[str, list[dict[str, Any]]]) -> str:
     return svg(figure)
 
 
+def heldout(runs: dict[str, list[tuple[float, float]]]) -> str:
+    """Average bits per byte on the held-out text against tokens: of each run its (tokens, bits per byte) points."""
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    for name, points in runs.items():
+        axes.plot([tokens / 1e6 for tokens, _ in points], [value for _, value in points], marker="o", label=name)
+    axes.set_xlabel("million target tokens")
+    axes.set_ylabel("bits per byte, held out")
+    axes.legend(frameon=False)
+    return svg(figure)
+
+
 def bits_per_byte(report: dict[str, Any]) -> str:
     """Bars by domain, one for each model."""
     scores = report["evaluation"]["bits_per_byte"]

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = config.load(options.config, options.overrides)
     variants = read_variants(options, base.folder)
     if options.table:
-        write_table(base.folder, variants, options.markdown, options.json)
+        write_table(base.folder, variants, options)
         return
     for variant in variants:
         share(base, variant.job)
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             failed.append(variant.name)
     failed += [f"process {helper.pid}" for helper in helpers if helper.wait()]
     if not options.helper:
-        write_table(base.folder, variants, options.markdown, options.json)
+        write_table(base.folder, variants, options)
     if failed:
         raise UserError(f"failed, see above: {', '.join(failed)}; the same command tries them again")
 
@@ -96,6 +96,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="make the table of what is done, and nothing else")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     parser.add_argument("--json", metavar="FILE", help="write all results there")
+    parser.add_argument("--svg", metavar="FILE", help="draw there what --points measured")
     parser.add_argument("--helper", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in ("jobs", "points"):
@@ -256,16 +257,26 @@ def measure(job: Config, model: Any) -> dict[str, Any]:
     return {"bits_per_byte": found}
 
 
-def write_table(folder: Path, variants: Sequence[Variant], markdown: str | None, json_path: str | None) -> None:
+def write_table(folder: Path, variants: Sequence[Variant], options: argparse.Namespace) -> None:
     """Every result there is, on standard output and in the files that are asked for."""
     before = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "evaluation").glob("*.json"))]
     results = [result for variant in variants if (result := variant.result()) is not None]
     lines = table([*before, *results])
     say("\n".join(lines))
-    if markdown:
-        store.write_atomically(markdown, "\n".join(lines) + "\n")
-    if json_path:
-        store.write_atomically(json_path, json.dumps({"evaluation": before, "variants": results}, indent=1))
+    if options.markdown:
+        store.write_atomically(options.markdown, "\n".join(lines) + "\n")
+    if options.json:
+        store.write_atomically(options.json, json.dumps({"evaluation": before, "variants": results}, indent=1))
+    if options.svg:
+        from fusejax import plots
+
+        start = [(0, found["bits_per_byte"]["average"]) for found in before if found["name"] == "target"]
+        curves = {result["name"]: start + [_point(point) for point in result["points"]] for result in results}
+        store.write_atomically(options.svg, plots.heldout(curves))
+
+
+def _point(point: dict[str, Any]) -> tuple[float, float]:
+    return point["tokens"], point["bits_per_byte"]["average"]
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -47,7 +47,9 @@ def test_a_variant_is_what_the_jobs_own_stages_make(script, files, tmp_path):
     job, *paths = files
     json_path, table_path = tmp_path / "all.json", tmp_path / "table.md"
     names = ["ours", "k 2, λ 0.5", "mined"]
-    script.main([*paths, "--only", *names, "--points", "2", "--json", str(json_path), "--markdown", str(table_path)])
+    figure = tmp_path / "curves.svg"
+    out = ["--json", str(json_path), "--markdown", str(table_path), "--svg", str(figure)]
+    script.main([*paths, "--only", *names, "--points", "2", *out])
     results = {result["name"]: result for result in json.loads(json_path.read_text("utf-8"))["variants"]}
     assert list(results) == names
     for result in results.values():
@@ -59,6 +61,7 @@ def test_a_variant_is_what_the_jobs_own_stages_make(script, files, tmp_path):
     assert results["mined"]["aligned"]["fine"] < results["ours"]["aligned"]["fine"]
     assert results["k 2, λ 0.5"]["means"]["mass_kept"] < results["ours"]["means"]["mass_kept"]
     assert len(table_path.read_text("utf-8").splitlines()) == 2 + len(results)
+    assert all(name in figure.read_text("utf-8") for name in names)
     assert not list((job.folder / "ablations").rglob("checkpoints"))
 
     alignment.run(job)
