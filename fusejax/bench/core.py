@@ -49,9 +49,14 @@ class Case:
 
 
 def measure(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, *, warmup: int = 1, title: str = "bench"
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    title: str = "bench",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, {name: [repeats]}. Arrays that a call returns are waited for.
+    """Seconds of every call by `clock`, {name: [repeats]}. Arrays that a call returns are waited for.
 
     The first `warmup` rounds compile and do not count. In every round each function runs once, so that a machine
     that slows down meanwhile slows down all of them.
@@ -60,10 +65,10 @@ def measure(
     with progress(title, (warmup + repeats) * len(functions)) as bar:
         for i in range(warmup + repeats):
             for name, function in functions.items():
-                start = time.perf_counter()
+                start = clock()
                 jax.block_until_ready(function())
                 if i >= warmup:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(clock() - start)
                 bar.advance(1, name)
     return seconds
 

@@ -22,6 +22,7 @@ from fusejax.alignment import MAX_CONSUMED
 from fusejax.batches import Arrays, Batches, token_tables
 from fusejax.bench import core, random_models
 from fusejax.config import Config
+from fusejax.errors import UserError
 
 _TEXT = ("ids", "segment_ids", "positions", "labels")
 Tables = list[fusion.TokenTable]
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a batch drawn at random, a document of full length in each sequence: no stage need be done",
     )
 
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the process' CPU seconds instead of the clock's: on a CPU that others use, too, and on one core",
+    )
+
 
 def run(options: argparse.Namespace) -> list[core.Case]:
     """Throughput, ratios, FLOP/s, MFU, memory and compile time."""
@@ -53,6 +60,8 @@ def run(options: argparse.Namespace) -> list[core.Case]:
     job = config.load(options.config, options.overrides)
     job = training.run_config(job, training.runs(job)[0])
     distributed.keep_programs(job)
+    if options.cpu_time and jax.default_backend() != "cpu":
+        raise UserError("--cpu-time: the work is not done by a CPU here")
     if options.against:
         core.torch_device()  # or a line that says why not
     with tempfile.TemporaryDirectory() as folder:
@@ -75,11 +84,13 @@ def _measure(job: Config, options: argparse.Namespace) -> list[core.Case]:
     steps = dict(ours.steps)
     if options.against:
         steps["torch clm"], torch_peak = torch_step(job, batch, weights=options.against.partition("-")[2] or "float32")
-    seconds = core.measure(steps, options.repeats, warmup=2, title="train")
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    seconds = core.measure(steps, options.repeats, warmup=2, title="train", clock=clock)
     per_token = flops.training_per_token(trainer.model_config, job.max_length)
     about = {
         "parameters": models.count_parameters(trainer.model_config), "tokens": tokens, "devices": trainer.mesh.size,
         "flops_per_token": per_token, "compute": job.precision.compute, "attention": job.attention,
+        "seconds_of": "process" if options.cpu_time else "clock",
     }  # fmt: skip
     others = {"fused": ["torch clm", "clm"], "clm": ["torch clm"]}
     cases = [replace(case, more=about) for case in core.cases(seconds, others, unit="tokens/s", amounts=tokens)]

@@ -54,11 +54,13 @@ def test_train_of_any_shape_on_what_is_drawn(tmp_path, tiny_models):
     job = {"target": "nowhere/at-all", "sources": ["nowhere/a", "nowhere/b"], "corpus": {"path": "nowhere.jsonl"},
            "max_length": 32, "batch": {"sequences": 2}, "output": str(tmp_path / "out")}  # fmt: skip
     (tmp_path / "job.yaml").write_text(json.dumps(job))
-    cases = measured(tmp_path, "train", tmp_path / "job.yaml", "--random", tmp_path / "config.json", "--synthetic")
+    cases = measured(
+        tmp_path, "train", tmp_path / "job.yaml", "--random", tmp_path / "config.json", "--synthetic", "--cpu-time"
+    )
     assert {"fused", "clm", "fused: compile"} <= set(cases)
     attention, mlp = 2 * 32 * 32 + 2 * 32 * 16 + 32 + 2 * 16, 3 * 32 * 48
     assert cases["fused"]["parameters"] == 96 * 32 + 2 * (attention + mlp + 2 * 32) + 32
-    assert cases["fused"]["tokens"] == 64
+    assert (cases["fused"]["tokens"], cases["fused"]["seconds_of"]) == (64, "process")
     assert not (tmp_path / "out").exists()
 
 
