@@ -15,6 +15,7 @@ from fusejax.errors import UserError
 
 WHOLE_UP_TO = 512  # queries; more are done in blocks
 QUERY_BLOCK = 256
+PARTS = 8  # of a row, each with a program of its own
 
 
 def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
@@ -246,8 +247,38 @@ def attend_blockwise(
 ) -> jax.Array:
     """`attend_xla`, `block` queries at a time, so that the scores take B N block S floats and not B N Q S.
 
-    The backward pass makes each block's scores anew.
+    The backward pass makes each block's scores anew. Where the queries stand where the keys stand, the row is done in
+    up to `PARTS` parts, each over the keys up to its end only: 9/16 of the work at 8 parts.
     """
+    n = query_BQNK.shape[1]
+    size = -(-n // (PARTS * block)) * block
+    if queries is not keys or size >= n:
+        return _attend_blocks(query_BQNK, key_BSGK, value_BSGK, queries, keys, features, block)
+
+    def tokens(start: int, stop: int) -> Tokens:
+        return jax.tree.map(lambda array: array[..., start:stop], queries)
+
+    parts: list[jax.Array] = []
+    for start in range(0, n, size):
+        query_part = query_BQNK[:, start : start + size]
+        if parts:  # one after another: else the scores of several would be held at the same time
+            query_part, parts[-1] = jax.lax.optimization_barrier((query_part, parts[-1]))
+        stop = start + size
+        keys_part, values_part = key_BSGK[:, :stop], value_BSGK[:, :stop]
+        here = tokens(start, stop), tokens(0, stop)
+        parts.append(_attend_blocks(query_part, keys_part, values_part, *here, features, block))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _attend_blocks(
+    query_BQNK: jax.Array,
+    key_BSGK: jax.Array,
+    value_BSGK: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    features: Features,
+    block: int,
+) -> jax.Array:
     B, Q, N, K = query_BQNK.shape
     n_blocks = -(-Q // block)
 
