@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import util
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -168,6 +169,20 @@ def _h100(shape: str) -> Sequence[Any]:
         return found.devices
     except Exception as error:
         raise UserError(f"topology 'h100:{shape}': the CUDA compiler refuses it: {_first_line(error)}") from None
+
+
+def without_cudnn(config: Config, devices: Sequence[Any]) -> Config:
+    """`config` with XLA's attention where cuDNN's would be taken for GPUs and the library is not installed here.
+
+    Raises NotInstalledError where the configuration asks for cuDNN's.
+    """
+    if devices[0].platform not in ("cuda", "gpu") or config.attention not in ("auto", "cudnn"):
+        return config
+    if util.find_spec("nvidia") and util.find_spec("nvidia.cudnn"):
+        return config
+    if config.attention == "cudnn":
+        raise NotInstalledError("attention: compiling 'cudnn' needs cuDNN here; pip install nvidia-cudnn-cu13")
+    return config.model_copy(update={"attention": "xla"})
 
 
 def usable_memory(devices: Sequence[Any]) -> int:

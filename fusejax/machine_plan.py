@@ -30,6 +30,10 @@ def show(config: Config, options: Options) -> None:
     target = shapes[config.target.model]
     config = config.model_copy(update={"mesh": fitting.checked_mesh(config, target, devices, options.topology)})
     available = aot.usable_memory(devices)
+    compiled = aot.without_cudnn(config, devices)
+    if compiled.attention != config.attention:
+        say("attention: XLA's is compiled, since cuDNN, which the machine would take, is not installed here")
+    config = compiled
     pool = f" ({aot.POOL} changes it)" if devices[0].device_kind.startswith("NVIDIA") else ""
     say(f"{options.topology}: a program can have {_gib(available)} of each device's memory{pool}")
     say(f"mesh: {sharding.described(sharding.make_mesh(config.mesh, devices))}")

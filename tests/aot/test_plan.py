@@ -49,7 +49,7 @@ def test_memory_is_the_compilers(plan, small_job, devices, topology):
     found = plan(path, topology, *options)
     assert found["devices"] == 4
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    job, shape = config.load(path), models.decoder_config(SMALL)
+    job, shape = aot.without_cudnn(config.load(path), devices(topology)), models.decoder_config(SMALL)
     calls = {
         "model": aot.source_call(job, job.sources[0], shape, devices(topology)),
         "train": aot.train_call(job, shape, devices(topology), source_vocabularies=[4096]),
@@ -113,6 +113,7 @@ def test_sources_are_compiled_for_one_process(devices, topology, chips):
     own = aot.one_process(topology, devices(topology))
     assert len(own) == chips
     job = config.validate({"target": "t", "sources": ["s"], "corpus": {"path": "c"}, "mesh": "auto", "max_length": 512})
+    job = aot.without_cudnn(job, own)
     call = aot.source_call(job, job.sources[0], models.decoder_config(SMALL), devices(topology), own)
     assert call.compile().peak > 0
 
