@@ -1,5 +1,7 @@
 """cuDNN's attention on the card itself, against the plain one in float32."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,10 @@ from fusejax import models
 from fusejax.models import attention
 from fusejax.models.attention import Backend, Features, Tokens
 
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "gpu" and not os.environ.get("FUSEJAX_REQUIRE_GPU"),
+    reason="needs an NVIDIA GPU (make test-gpu)",
+)
 LENGTH = 130
 
 

@@ -1,5 +1,7 @@
 """The loss and the top-k on the card itself, against the dense float64 definitions."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,10 @@ from fusejax.kernels.topk_unembed import topk_unembed
 
 from fusejax import loss
 
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "gpu" and not os.environ.get("FUSEJAX_REQUIRE_GPU"),
+    reason="needs an NVIDIA GPU (make test-gpu)",
+)
 VARIANTS = [
     {"kind": "ce", "tail": "tail"},
     {"kind": "kl", "tail": "renormalize", "temperature": 2.0, "logit_scale": 0.7, "z_loss": 1e-2},
