@@ -16,7 +16,7 @@ import yaml
 from conftest import TEXTS
 
 import fusejax
-from fusejax import cli, config
+from fusejax import cli, config, progress
 from fusejax.errors import UserError
 
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
@@ -145,7 +145,7 @@ def test_dry_run_of_the_papers_three_domains(capsys):
 
 
 def test_dry_run_of_the_recipe_for_chat_models(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(progress.console, "_width", 200)  # it reads COLUMNS once, when the first test imports it
     load_main()([str(TRAIN_PY.parent / "configs" / "fusechat-7b.yaml"), "--dry-run"])
     out = capsys.readouterr().out
     assert "train pair/Nous-Hermes-2-SOLAR-10.7B" in out
