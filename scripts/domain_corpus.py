@@ -42,14 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = {name: _bytes(name, size) for name, size in pairs("--split", options.split).items()}
     lines: dict[str, list[str]] = {name: [] for name in sizes}
     print("domain, split: documents, bytes of text, 8-word runs that also stand in another split")
-    for domain, path in pairs("--corpus", options.corpus).items():
-        texts = [document.text for document in read_documents(CorpusConfig(path=path))]
-        splits = divide(texts, sizes)
+    corpora = pairs("--corpus", options.corpus)
+    texts = {
+        domain: [found.text for found in read_documents(CorpusConfig(path=path))] for domain, path in corpora.items()
+    }
+    divided = divide(texts, sizes)
+    in_split = {name: [text for splits in divided.values() for text in splits[name]] for name in sizes}
+    for domain, splits in divided.items():
         for name, chosen in splits.items():
             if not chosen:
-                raise UserError(f"--corpus {domain}: {path} holds too little text: nothing is left for split {name!r}")
+                raise UserError(
+                    f"--corpus {domain}: {corpora[domain]} holds too little text: nothing is left for split {name!r}"
+                )
             lines[name] += [json.dumps({"domain": domain, "text": text}, ensure_ascii=False) for text in chosen]
-            others = [text for other, found in splits.items() if other != name for text in found]
+            others = [text for other, found in in_split.items() if other != name for text in found]
             size = sum(len(text.encode()) for text in chosen)
             print(f"{domain}, {name}: {len(chosen)}, {size:,}, {_common(chosen, others):.1%}", flush=True)
     for name, found in lines.items():
@@ -75,22 +81,33 @@ def _bytes(name: str, text: str) -> int:
     return int(text)
 
 
-def divide(texts: Sequence[str], sizes: dict[str, int]) -> dict[str, list[str]]:
-    """For each split of `sizes` (name: bytes of text) its documents, of groups that no other split has."""
-    splits: dict[str, list[str]] = {name: [] for name in sizes}
-    room = dict(sizes)
-    for group in groups(texts):
-        name = next((name for name in sizes if room[name] >= 0.01 * sizes[name]), None)  # a cut leaves a little
-        if name is None:
-            break
-        left = min(room[name], int(MOST * sizes[name]))
-        for document in group:
-            text = head(texts[document], left)
-            if text.strip():
-                splits[name].append(text)
-                left -= len(text.encode())
-                room[name] -= len(text.encode())
-    return splits
+def divide(texts: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, dict[str, list[str]]]:
+    """Of each domain, for each split of `sizes` (name: bytes of text), the documents of groups that no other split has.
+
+    A group may have documents of several domains.
+    """
+    everything = [(domain, text) for domain, found in texts.items() for text in found]
+    together = groups([text for _, text in everything])
+    taken: dict[int, str] = {}  # which split a group is for
+    divided: dict[str, dict[str, list[str]]] = {}
+    for domain in texts:
+        splits: dict[str, list[str]] = {name: [] for name in sizes}
+        divided[domain], room = splits, dict(sizes)
+        for number, group in enumerate(together):
+            own = [everything[i][1] for i in group if everything[i][0] == domain]
+            open_ = [name for name in sizes if room[name] >= 0.01 * sizes[name]]  # a cut leaves a little
+            name = taken.get(number, open_[0] if open_ else None)
+            if not own or name not in open_:
+                continue
+            taken[number] = name
+            left = min(room[name], int(MOST * sizes[name]))
+            for document in own:
+                text = head(document, left)
+                if text.strip():
+                    splits[name].append(text)
+                    left -= len(text.encode())
+                    room[name] -= len(text.encode())
+    return divided
 
 
 def groups(texts: Sequence[str]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import domain_corpus
-from pydantic import Field
+from pydantic import Field, model_validator
 from train_quickstart_models import byte_level, make_model
 
 from fusejax import cli, comparison, config, settings
@@ -23,6 +23,7 @@ from fusejax.errors import UserError
 from fusejax.evaluation import baselines
 from fusejax.progress import say
 from fusejax.settings import Section
+from fusejax.store import write_atomically
 
 STAGES = ("prepare", "sources", "align", "train", "export", "baselines", "evaluate", "report")
 
@@ -56,6 +57,16 @@ class Experiment(Section):
     @property
     def text(self) -> Path:
         return self.output / "text"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Experiment":
+        names = [*self.general, *self.domains]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"general, domains: {name!r} is named twice; its text would serve two uses")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is named twice")
+        return self
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,22 +129,23 @@ def _job(experiment: Experiment, own: dict[str, Any], **values: Any) -> config.C
 
 
 def split(experiment: Experiment) -> None:
-    """Write text/{general,expert,fusion,heldout}.jsonl."""
-    sizes = experiment.bytes
+    """Write text/{general,heldout,fusion,expert}.jsonl; UserError where other settings made what is there."""
+    sizes, made = experiment.bytes, experiment.text / "made.json"
+    settings_now = experiment.model_dump(mode="json", include={"general", "domains", "bytes"})
+    if made.exists():
+        if json.loads(made.read_text("utf-8")) != settings_now:
+            raise UserError(f"{made}: made with other `general`, `domains` or `bytes`; choose another `output`")
+        return
     parts = {
         experiment.general: {"general": sizes.general},
         experiment.domains: {"heldout": sizes.heldout, "fusion": sizes.fusion, "expert": sizes.expert},
     }
-    missing = {
-        names: splits
-        for names, splits in parts.items()
-        if not all((experiment.text / f"{name}.jsonl").exists() for name in splits)
-    }
-    paths = {name: _path(experiment, name) for names in missing for name in names}
-    for names, splits in missing.items():
+    paths = {name: _path(experiment, name) for names in parts for name in names}
+    for names, splits in parts.items():
         corpora = [f"{name}={paths[name]}" for name in names]
         wanted = [f"{name}={size}" for name, size in splits.items()]
         domain_corpus.main([str(experiment.text), "--corpus", *corpora, "--split", *wanted])
+    write_atomically(made, json.dumps(settings_now))
 
 
 def _path(experiment: Experiment, name: str) -> Path:

@@ -62,7 +62,7 @@ def test_splits_share_no_text_although_the_corpus_repeats_itself(tmp_path):
 
 def test_one_long_text_is_not_the_whole_split():
     long = "\n".join(_texts(2, 50))
-    splits = domain_corpus.divide([long, *_texts(3, 30)], {"train": 8000})
+    splits = domain_corpus.divide({"a": [long, *_texts(3, 30)]}, {"train": 8000})["a"]
     assert max(len(text.encode()) for text in splits["train"]) <= 1000
     assert any(long.startswith(text) and text.endswith("\n") for text in splits["train"])
 
@@ -88,3 +88,12 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         domain_corpus.main([str(tmp_path / "out"), *(value.format(law=law) for value in arguments)])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_of_two_domains_serves_one_split():
+    shared = _texts(5, 20)
+    texts = {"a": [*shared, *_texts(6, 20)], "b": [*shared, *_texts(7, 20)]}
+    divided = domain_corpus.divide(texts, {"heldout": 3000, "train": 20000})
+    held = {text for splits in divided.values() for text in splits["heldout"]}
+    assert held
+    assert not held & {text for splits in divided.values() for text in splits["train"]}

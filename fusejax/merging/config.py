@@ -59,6 +59,13 @@ class MergeConfig(MergeKeys):
             raise ValueError("models: the weights sum to 0; set `normalize: false`, or change them")
         return self
 
+    @model_validator(mode="after")
+    def _spares_its_models(self) -> "MergeConfig":
+        for model in (*self.models, *([self.base] if self.base else [])):
+            if self.output and Path(model.model).resolve() == self.folder.resolve():
+                raise ValueError(f"output: {self.output} is one of the models that are merged; choose another folder")
+        return self
+
     @property
     def weights(self) -> list[float]:
         """One for each model."""

@@ -53,7 +53,7 @@ def _begin(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, An
         forget(folder)
     record = read_record(folder)
     if record is not None:
-        remedy = "use --no-resume to train anew, or choose another `output`"
+        remedy = "set checkpoint.resume=false to train anew, or choose another `output`"
         store.check_inputs(folder / "training.json", record["inputs"], inputs, remedy)
     if record is None or not record["done"]:
         store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))

@@ -95,7 +95,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise UserError(f"{path}: is damaged; use --no-resume to train anew") from None
+        raise UserError(f"{path}: is damaged; set checkpoint.resume=false to train anew") from None
 
 
 def forget(folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from fusejax import cli, export, merging, models
+from fusejax import cli, export, merging, models, settings
 from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.errors import UserError
 from fusejax.evaluation.standalone import average, measure_corpus
@@ -138,6 +138,14 @@ def test_large_models_are_split_into_shards(three, tmp_path, monkeypatch):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors(folder).values())
     np.testing.assert_allclose(tensors(folder)["model.norm.weight"], np.ones(16), rtol=1e-6)
+
+
+def test_the_output_is_none_of_the_models(three):
+    for output in (three[1], f"{three[2]}/."):
+        with pytest.raises(UserError, match="output: .* is one of the models that are merged"):
+            settings.check(
+                {"method": "linear", "models": three[1:], "output": output}, config.MergeConfig, "merge.yaml"
+            )
 
 
 @pytest.mark.parametrize(("changes", "message"), [
