@@ -142,7 +142,7 @@ def test_large_models_are_split_into_shards(three, tmp_path, monkeypatch):
 
 def test_the_output_is_none_of_the_models(three):
     for output in (three[1], f"{three[2]}/."):
-        with pytest.raises(UserError, match="output: .* is one of the models that are merged"):
+        with pytest.raises(UserError, match=r"output: .* is one of the models that are merged"):
             settings.check(
                 {"method": "linear", "models": three[1:], "output": output}, config.MergeConfig, "merge.yaml"
             )
