@@ -57,6 +57,8 @@ def without_job(options: argparse.Namespace) -> bool:
     if options.corpus is None and options.suite is None:
         refuse(options, "without --corpus", *_TEXT, *_BOTH)
         refuse(options, "without --suite", *_SUITE)
+        if Path(options.config).is_dir():
+            raise UserError(f"evaluate {options.config}: a model needs --corpus PATH or --suite NAME")
         return False
     if options.corpus is not None and options.suite is not None:
         raise UserError("evaluate: give either --corpus or --suite")

@@ -65,6 +65,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not valid YAML") from None
+    if isinstance(value, dict) and text.endswith(":"):  # `stdlib:` is a mapping in YAML
+        value = text
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         with contextlib.suppress(ValueError):
             value = float(value)

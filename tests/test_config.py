@@ -26,6 +26,10 @@ def test_defaults_are_the_papers(path):
     assert [s.label for s in c.sources] == ["b", "e"]
 
 
+def test_a_colon_at_the_end_is_no_mapping(path):
+    assert config.load(path, ["corpus.path=stdlib:"]).corpus.path == "stdlib:"
+
+
 def test_overrides(path):
     c = config.load(
         path,
