@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fusejax import conversations, paths, reading, tokenizers
+from fusejax import conversations, paths, reading, settings, tokenizers
 from fusejax.config import Config, CorpusConfig
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
@@ -175,7 +175,7 @@ def documents(config: Config, split: str = "train") -> Store:
         made_from |= recorded
         wanted |= _settings(corpus, split)
     remedy = "run the stage `prepare` with this configuration first, or choose another `output`"
-    check_inputs(folder, made_from, wanted, remedy)
+    check_inputs(folder, made_from, wanted, remedy, settings.defaults(Config))
     return store
 
 
@@ -227,9 +227,9 @@ class _Preparation:
         documents = Store(folder)
         todo = [tokenizer for tokenizer in self._tokenizers if self._write_tokens(documents, tokenizer)]
         # Not an input: the same text may come from elsewhere. The stages after this one go by it, see `documents`.
-        settings = _settings(self._corpus, self._split_of)
-        if _recorded(self._folder) != settings:
-            write_atomically(self._folder / _MADE_FROM, json.dumps(settings, indent=1))
+        made_from = _settings(self._corpus, self._split_of)
+        if _recorded(self._folder) != made_from:
+            write_atomically(self._folder / _MADE_FROM, json.dumps(made_from, indent=1))
         if done and not todo:
             say(f"{self._title}: done before, skipped ({len(documents)} documents)")
         return ids

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from fusejax.errors import UserError
 
@@ -28,20 +29,56 @@ def read(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]
     """The values of a YAML file with `key=value` overrides, not validated; UserError, naming the file."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text in UTF-8: {error}") from None
+    try:
+        values = _parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{path}:{line} {_problem(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: should hold `key: value` lines, as in configs/quickstart.yaml")
     for override in overrides or []:
         _apply(values, override)
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is a mistake; PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    problem = f"{key.value} is given twice, first in line {seen[key.value]}; remove one of the two"
+                    raise _Twice(problem=problem, problem_mark=key.start_mark)
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+class _Twice(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping."""
+
+
+def _parse(text: str) -> Any:
+    """The value of a text in YAML; YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:  # of a date that there is none, of brackets without end
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    said = getattr(error, "problem", None) or " ".join(str(error).split())
+    return said if isinstance(error, _Twice) else f"not valid YAML: {said}"
 
 
 def check(values: dict[str, Any], section: type[AnySection], where: str) -> AnySection:
@@ -57,14 +94,26 @@ def check(values: dict[str, Any], section: type[AnySection], where: str) -> AnyS
         raise UserError(f"{where}: {key + ': ' if key else ''}{message}{got}") from None
 
 
+def defaults(section: type[Section], prefix: str = "") -> dict[str, Any]:
+    """The default of every key of a section and of those below it, by its dotted name, as JSON has it."""
+    found: dict[str, Any] = {}
+    for key, field in section.model_fields.items():
+        inner = _section_of(section, key)
+        if inner is not None:
+            found |= defaults(inner, f"{prefix}{key}.")
+        elif not field.is_required():
+            found[f"{prefix}{key}"] = to_jsonable_python(field.default)
+    return found
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r}: an override has the form key=value, for example batch.sequences=16")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not valid YAML") from None
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: {_problem(error)}") from None
     if isinstance(value, dict) and text.endswith(":"):  # `stdlib:` is a mapping in YAML
         value = text
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text

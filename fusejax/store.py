@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -129,8 +130,17 @@ def make_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
-def check_inputs(folder: Path, made_from: Inputs, wanted: Inputs, remedy: str = "") -> None:
-    """UserError, naming every input that differs, unless the folder was made from what is wanted."""
+def check_inputs(
+    folder: Path, made_from: Inputs, wanted: Inputs, remedy: str = "", defaults: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """UserError, naming every input that differs, unless the folder was made from what is wanted.
+
+    defaults: of dotted keys. One that is not recorded, though others of its section are, was not there yet when the
+    folder was made, and did what its default does.
+    """
+    sections = {key.rpartition(".")[0] for key in made_from}
+    younger = {k for k in wanted if k in defaults and k not in made_from and k.rpartition(".")[0] in sections}
+    made_from = {**made_from, **{key: defaults[key] for key in younger}}
     differing = [key for key in {**made_from, **wanted} if made_from.get(key) != wanted.get(key)]
     if differing:
         details = ", ".join(f"{key} ({made_from.get(key)} there, {wanted.get(key)} now)" for key in differing)

@@ -169,7 +169,7 @@ def run(variant: Variant, points: int) -> None:
     before = variant.result()
     if before is not None:
         remedy = "remove it, or choose another --into"
-        store.check_inputs(variant.result_path, before["inputs"], inputs, remedy)
+        store.check_inputs(variant.result_path, before["inputs"], inputs, remedy, settings.defaults(Config))
         say(f"variant {variant.name}: done before, skipped")
         return
     with ExitStack() as stack:

@@ -80,6 +80,7 @@ def test_dump_round_trips(path, overrides):
         ("sources.7.model=x", "index below 2"),
         ("loose", "form key=value"),
         ("max_length=[", "not valid YAML"),
+        ("fusion={level: token, level: block}", "level is given twice"),
         ("sources.1.name=b", "two sources are called 'b'"),
         ("sources.1.name=fused", "cannot be called 'fused'"),
         ("corpus=3", "corpus"),
@@ -97,6 +98,10 @@ def test_a_mistake_is_one_clear_line(path, override, message):
     [
         (None, "no such configuration"),
         ("a: [", "line 1"),
+        ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n", "bad.yaml: line 5: c is given twice, first in line 3"),
+        ("a: &x {c: 1}\nb: {<<: *x, c: 2}\n", "bad.yaml: unknown key a"),
+        ("a: 2024-13-45", "not valid YAML"),
+        ("[" * 9999, "not valid YAML"),
         ("- 1", "key: value"),
         ("corpus: {path: x}", "target"),
     ],

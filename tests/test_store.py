@@ -123,6 +123,17 @@ def test_a_library_that_finds_the_disk_full_is_a_user_error(tmp_path, monkeypatc
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["manifest.json"]
 
 
+def test_a_key_younger_than_the_folder_had_its_default_if_its_section_was_there(tmp_path):
+    made_from, defaults = {"batch.size": 2}, {"batch.size": 1, "batch.new": 5, "lora.rank": 8}
+    store.check_inputs(tmp_path, made_from, made_from | {"batch.new": 5}, defaults=defaults)
+    for wanted, message in (
+        ({"batch.new": 6}, r"batch.new \(5 there, 6 now\)"),
+        ({"lora.rank": 8}, r"lora.rank \(None there, 8 now\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            store.check_inputs(tmp_path, made_from, made_from | wanted, defaults=defaults)
+
+
 def test_one_job_at_a_time(tmp_path):
     with store.locked(tmp_path / "out"), pytest.raises(UserError, match="another job"):  # noqa: SIM117
         with store.locked(tmp_path / "out"):

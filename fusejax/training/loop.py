@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fusejax import distributed, flops, metrics, sharding, store
+from fusejax import distributed, flops, metrics, settings, sharding, store
 from fusejax.batches import Batches
 from fusejax.checkpoint import Checkpoints
 from fusejax.config import Config, dump
@@ -54,7 +54,7 @@ def _begin(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, An
     record = read_record(folder)
     if record is not None:
         remedy = "set checkpoint.resume=false to train anew, or choose another `output`"
-        store.check_inputs(folder / "training.json", record["inputs"], inputs, remedy)
+        store.check_inputs(folder / "training.json", record["inputs"], inputs, remedy, settings.defaults(Config))
     if record is None or not record["done"]:
         store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
     return record

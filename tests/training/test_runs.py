@@ -106,6 +106,21 @@ def test_done_is_skipped_and_other_settings_are_refused(job, capsys):
     assert metrics.read(config.folder)[0]["learning_rate"] > 0.1
 
 
+def test_a_run_made_before_a_key_existed_goes_on_under_its_default(job, capsys):
+    config = job()
+    training.train(config, "fused")
+    record = json.loads((config.folder / "training.json").read_text())
+    for key in ("guard.spike", "optimizer.decay_ratio", "alignment.rows"):
+        del record["inputs"][key]
+    (config.folder / "training.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    training.train(config, "fused")
+    assert "train fused: done before, skipped" in capsys.readouterr().out
+    other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"decay_ratio": 0.5})})
+    with pytest.raises(UserError, match=r"other settings: optimizer.decay_ratio \(0.1 there, 0.5 now\); set"):
+        training.train(other, "fused")
+
+
 def test_without_sources_it_is_continual_training(make_job):
     config = make_job(sources=[], batch={"sequences": 4, "epochs": 1})
     assert training.runs(config) == ["fused"]
