@@ -30,6 +30,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 def at(path: str | os.PathLike) -> Path:
     """The path, of this machine or in a bucket; UserError for a kind of address that etils.epath does not know."""
     if not is_remote(path):
+        _refuse_one_slash(os.fspath(path))
         return Path(path)
     from etils import epath
 
@@ -40,6 +41,13 @@ def at(path: str | os.PathLike) -> Path:
         raise UserError(
             f"{path}: should be a folder, or an address that begins with gs://, s3://, az:// or hf://"
         ) from None
+
+
+def _refuse_one_slash(path: str) -> None:
+    """UserError for `gs:/bucket`, which a folder of that name would be made for."""
+    kind, colon, rest = path.partition(":")
+    if colon and kind in _PROTOCOLS:
+        raise UserError(f"{path}: an address begins with {kind}://, as in {kind}://{rest.lstrip('/')}")
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from fusejax import corpus, hub, metrics, models, paths, sharding, tokenizer_fil
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
+from fusejax.progress import warn
 from fusejax.scoring import check_fits
 from fusejax.tokenizers import Tokenizer
 
@@ -33,7 +34,7 @@ def check(config: Config) -> None:
         if key not in seen:
             seen.add(key)
             check_model(model)
-            _check_length(model, config.max_length)
+            check_length(model, config.max_length, "max_length")
     for documents in (config.corpus, config.evaluation.corpus):
         if documents is not None:
             corpus.check(documents)
@@ -88,17 +89,21 @@ def check_model(model: ModelConfig) -> None:
         _check_tokenizer(Tokenizer.load(str(cached), bos=model.bos), cached, model.model)
 
 
-def _check_length(model: ModelConfig, max_length: int) -> None:
-    """UserError where documents of `max_length` tokens go beyond a model's table of learned positions."""
+def check_length(model: ModelConfig, max_length: int, key: str) -> None:
+    """UserError where `max_length` tokens go beyond a model's table of learned positions, a warning where they go
+    beyond the context that it was made for. key: how the user gives `max_length`."""
     folder = folder_of(model)
     if folder is None:
         return
     _, config = models.read_config(folder)
-    if config.learned_positions and max_length > config.max_length:
+    if max_length <= config.max_length:
+        return
+    if config.learned_positions:
         raise UserError(
-            f"{model.model}: has positions for {config.max_length} tokens, max_length asks for {max_length}: "
-            f"set max_length to {config.max_length} or less"
+            f"{model.model}: has positions for {config.max_length} tokens, {key} asks for {max_length}: "
+            f"set {key} to {config.max_length} or less"
         )
+    warn(f"{model.model}: was made for {config.max_length} tokens, {key} asks for {max_length}; it may do worse there")
 
 
 def folder_of(model: ModelConfig) -> Path | None:

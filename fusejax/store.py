@@ -59,6 +59,24 @@ def write_atomically(path: str | os.PathLike, data: str | bytes, remedy: str = "
         raise writing_failed(path, error, remedy) from None
 
 
+def require_writable(path: str | os.PathLike, remedy: str = "choose another path") -> None:
+    """UserError where a file can be seen not to be writable, for whoever writes it after hours."""
+    path = paths.at(path)
+    if paths.is_remote(path):
+        paths.check(path)
+        return
+    there = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
+    number = 0
+    if path.is_dir():
+        number = errno.EISDIR
+    elif not there.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    if number:
+        raise writing_failed(path, OSError(number, ""), remedy)
+
+
 def writing_failed(path: str | os.PathLike, error: Exception, remedy: str = "") -> UserError:
     """What went wrong with writing `path`, and what would be right.
 
@@ -131,7 +149,11 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 
 def check_inputs(
-    folder: Path, made_from: Inputs, wanted: Inputs, remedy: str = "", defaults: Mapping[str, Any] = MappingProxyType({})
+    folder: Path,
+    made_from: Inputs,
+    wanted: Inputs,
+    remedy: str = "",
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """UserError, naming every input that differs, unless the folder was made from what is wanted.
 

@@ -165,6 +165,13 @@ def test_documents_longer_than_learned_positions(job, tiny_models):
     assert line.endswith("has positions for 40 tokens, max_length asks for 41: set max_length to 40 or less")
 
 
+def test_documents_longer_than_the_context_are_a_warning(job, capsys):
+    assert job(max_length=65) == ""
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 2
+    assert all("was made for 64 tokens, max_length asks for 65; it may do worse there" in line for line in warned)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"kernels": {"fusion_loss": "tpu"}}, "kernels.fusion_loss: 'tpu' needs a TPU, here is cpu"),
     ({"kernels": {"topk_unembed": "tpu"}}, "kernels.topk_unembed: 'tpu' needs a TPU, here is cpu"),

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,10 @@ class Options:
 
 def run(model: str, label: str, options: Options) -> float | None:
     """Write a model's completions; pass@1 of HumanEval where its programs are to be run, else None."""
-    problems = read(options.problems)[: options.limit]
-    human_eval = "task_id" in problems[0]
-    if options.run and not human_eval:
-        raise UserError("--run-code: runs HumanEval's programs only; give MultiPL-E's completions to its own evaluator")
+    problems = problems_of(options)
     completions = complete(model, label, problems, options)
     folder = store.make_folder(Path(options.output))
-    if not human_eval:
+    if "task_id" not in problems[0]:
         _write_multipl_e(folder / label, problems, completions, options)
         return None
     path = folder / f"{label}.humaneval.jsonl"
@@ -64,6 +62,14 @@ def run(model: str, label: str, options: Options) -> float | None:
     store.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     say(f"evaluate {label}: {len(lines)} completions in {path}")
     return pass_at_1(problems, completions, label) if options.run else None
+
+
+def problems_of(options: Options) -> list[dict[str, Any]]:
+    """The problems that are asked for; UserError as `read`, and where they are not those that can be run here."""
+    problems = read(options.problems)[: options.limit]
+    if options.run and "task_id" not in problems[0]:
+        raise UserError("--run-code: runs HumanEval's programs only; give MultiPL-E's completions to its own evaluator")
+    return problems
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -75,7 +81,7 @@ def read(path: str) -> list[dict[str, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     problems.append(_problem(line, f"{path}:{number}"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not problems:
         raise UserError(f"{path}: no problems")
@@ -87,6 +93,8 @@ def _problem(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError:
         raise UserError(f"{where}: not valid JSON") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: should be an object {{...}}, a problem of HumanEval or of MultiPL-E")
     fields = ("prompt", "test", "entry_point") if "task_id" in record else ("name", "language", "prompt", "tests")
     for field in fields:
         if not isinstance(record.get(field), str):

@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from fusejax import scoring, sharding
+from fusejax import arguments, scoring, sharding
 from fusejax.errors import UserError
 from fusejax.evaluation.perplexity import (
     DomainSums,
@@ -81,7 +81,9 @@ def measure_ensemble(
     as in `measure`. Raises UserError where the weights do not fit, where `log_probability` is asked of different
     tokenizers or vocabularies, and as `measure` does.
     """
-    shares = _shares(members, weights)
+    shares = shares_of([member.name for member in members], weights)
+    if average == "log_probability":
+        require_alike([(member.name, member.tokenizer) for member in members])
     options = {"max_length": max_length, "stride": stride, "batch_tokens": batch_tokens, "mesh": mesh}
     sums: dict[str, DomainSums] = {}
     if average == "log_probability":
@@ -95,11 +97,27 @@ def measure_ensemble(
     return sums
 
 
-def _shares(members: Sequence[Member], weights: Sequence[float] | None) -> np.ndarray:
-    values = np.ones(len(members)) if weights is None else np.asarray(weights, np.float64)
-    if len(values) != len(members) or (values <= 0).any():
-        raise UserError(f"ensemble: needs one weight above 0 for each of {len(members)} models, not {list(values)}")
-    return values / values.sum()
+def shares_of(names: Sequence[str], weights: Sequence[float] | None) -> np.ndarray:
+    """float64 [N], sum 1: the weights of N models, by default equal ones; UserError where they do not fit."""
+    given = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(names) or not all(weight > 0 for weight in given):
+        raise UserError(f"ensemble: needs one weight above 0 for each of {len(names)} models, not {given}")
+    objection = arguments.weights_objection(given)
+    if objection:
+        raise UserError(f"ensemble: weights: {objection}")
+    return np.array(given) / sum(given)
+
+
+def require_alike(tokenizers: Sequence[tuple[str, Tokenizer]]) -> None:
+    """UserError where the tokenizers of two models differ, so that `log_probability` has no meaning."""
+    (first, known), *others = tokenizers
+    for name, tokenizer in others:
+        same = tokenizer.text_fingerprint == known.text_fingerprint
+        if not same or tokenizer.adds_bos != known.adds_bos:
+            raise UserError(
+                f"ensemble: log-probabilities of {first} and {name} cannot be averaged: their tokenizers differ; use "
+                "the average of probabilities"
+            )
 
 
 def _arithmetic(members: Sequence[Member], shares: np.ndarray, **options: Any) -> Iterator[tuple[float, int, int]]:
@@ -152,13 +170,6 @@ def _geometric(
 ) -> Iterator[tuple[float, int, int]]:
     """(nats, bytes, tokens) of each document; as many documents at a time as `_HOST_BYTES` holds distributions of."""
     first = members[0]
-    for member in members[1:]:
-        same = member.tokenizer.text_fingerprint == first.tokenizer.text_fingerprint
-        if not same or member.tokenizer.adds_bos != first.tokenizer.adds_bos:
-            raise UserError(
-                f"ensemble: log-probabilities of {first.name} and {member.name} cannot be averaged: their tokenizers "
-                "differ; use the average of probabilities"
-            )
     V = first.tokenizer.vocab_size
     room = max(_HOST_BYTES // (4 * V), 1)
     chunk: list[int] = []

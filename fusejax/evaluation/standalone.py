@@ -4,18 +4,18 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import tee
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from rich.table import Table
 
-from fusejax import models, sharding, store, tokenizers
+from fusejax import models, preflight, sharding, store, tokenizers
 from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.corpus import Document, encode, read_documents
+from fusejax.corpus import check as check_corpus
 from fusejax.errors import UserError
 from fusejax.evaluation import ensemble
-from fusejax.evaluation.perplexity import DomainSums, measure, numbers
+from fusejax.evaluation.perplexity import DomainSums, measure, numbers, resolve_stride
 from fusejax.progress import console, say
 from fusejax.tokenizers import Tokenizer
 
@@ -110,6 +110,29 @@ def _tokenized(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[Doc
     yield from flush()
 
 
+def labels_of(given: Sequence[ModelConfig]) -> list[str]:
+    """How tables call the models: by the last part of the name if that tells them apart. UserError for one twice."""
+    labels = [model.label for model in given]
+    if len(set(labels)) < len(labels):
+        labels = [model.model for model in given]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"evaluate: {label} is named twice")
+    return labels
+
+
+def _check(model: ModelConfig, max_length: int | None, stride: int | None) -> None:
+    """UserError for what would fail once the model is loaded, as far as its files are here."""
+    preflight.check_model(model)
+    folder = preflight.folder_of(model)
+    if max_length is not None:
+        preflight.check_length(model, max_length, "--max-length")
+    elif folder is not None:
+        max_length = models.read_config(folder)[1].max_length
+    if max_length is not None:
+        resolve_stride(stride, max_length)
+
+
 def run(
     names: Sequence[str],
     corpus: CorpusConfig,
@@ -120,11 +143,16 @@ def run(
 ) -> None:
     """Measure every model, and with `kind` their ensemble; show the table, and write all numbers to `json_path`."""
     given = [ModelConfig(model=name) for name in names]
-    labels = [model.label for model in given]
-    if len(set(labels)) < len(labels):
-        labels = [model.model for model in given]
-    if len(set(labels)) < len(labels):
-        raise UserError("evaluate: a model is named twice")
+    labels = labels_of(given)
+    if json_path is not None:
+        store.require_writable(json_path)
+    if kind is not None:
+        ensemble.shares_of(labels, weights)
+    check_corpus(corpus)
+    for model in given:
+        _check(model, options.get("max_length"), options.get("stride"))
+    if kind == "log_probability":
+        ensemble.require_alike([(model.label, tokenizers.for_model(model)) for model in given])
     results = {}
     for label, model in zip(labels, given, strict=True):
         results[label] = measure_corpus(model, corpus, **options)
@@ -133,7 +161,7 @@ def run(
     show(results)
     if json_path is not None:
         values = {label: numbers(sums) for label, sums in results.items()}
-        store.write_atomically(Path(json_path), json.dumps(values, indent=2) + "\n")
+        store.write_atomically(json_path, json.dumps(values, indent=2) + "\n")
         say(f"evaluate: {json_path}")
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from fusejax import hub, reading, store
+from fusejax import hub, preflight, reading, store
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.evaluation import code
+from fusejax.evaluation.standalone import labels_of
 from fusejax.evaluation.suites import COMMON_SENSE, MULTIPL_E, PUBLISHED_MODELS, SOURCE, SUITES, Benchmark
 from fusejax.progress import console, say
 
@@ -42,13 +43,13 @@ def run(
 
     data: a folder with TASK.jsonl for tasks of the harness (a group: for each of its members), records as the data set
     has them. include_path: a folder of the harness's own task files. limit: the first so many documents of a task.
-    benchmarks: these only. options: of `FuseJaxLM`. Raises UserError for faults of models and folders.
+    benchmarks: these only. options: of `FuseJaxLM`. Raises UserError for faults of models and folders, and after the
+    table where no benchmark could be run.
     """
     chosen = _chosen(suite, benchmarks)
-    labels = [ModelConfig(model=name).label for name in models]
-    labels = labels if len(set(labels)) == len(labels) else list(models)
-    if len(set(labels)) < len(labels):
-        raise UserError("evaluate: a model is named twice")
+    given = [ModelConfig(model=name) for name in models]
+    labels = labels_of(given)
+    _check(given, json_path, code_options)
     lacking = {b.name: need for b in chosen if (need := missing(b, data, include_path))}
     results: Results = {label: {} for label in labels}
     todo = [b for b in chosen if b.name not in lacking]
@@ -59,9 +60,22 @@ def run(
             found = code.run(model, label, code_options)
             results[label] |= {} if found is None else {"HumanEval": 100 * found}
     show(chosen, results, lacking, coded=code_options is not None, limit=limit)
+    if not any(results.values()) and code_options is None:
+        raise UserError(f"evaluate: no benchmark of {suite} could be run; give what the lines `not run` say")
     if json_path is not None:
-        store.write_atomically(Path(json_path), json.dumps(as_json(chosen, results, lacking, limit), indent=2) + "\n")
+        store.write_atomically(json_path, json.dumps(as_json(chosen, results, lacking, limit), indent=2) + "\n")
         say(f"evaluate: {json_path}")
+
+
+def _check(models: Sequence[ModelConfig], json_path: str | None, code_options: code.Options | None) -> None:
+    """UserError for what would fail later, as far as it can be seen now."""
+    if json_path is not None:
+        store.require_writable(json_path)
+    if code_options is not None:
+        code.problems_of(code_options)
+        store.require_writable(Path(code_options.output) / "completions", "choose another --code-output")
+    for model in models:
+        preflight.check_model(model)
 
 
 def _chosen(suite: str, names: Sequence[str] | None) -> list[Benchmark]:

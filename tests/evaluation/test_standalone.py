@@ -60,8 +60,18 @@ def test_the_command(tiny_models, corpus, tmp_path, capsys):
     (["--max-length", "0"], "--max-length: 0 should be at least 1"),
     (["--max-length", "16", "--stride", "20"], "stride: 20 should be between 1 and the 16"),
     (["--text-key", "body"], "body"),
+    (["--stride", "65"], "stride: 65 should be between 1 and the 64 tokens of a window"),
+    (["--json", "."], ".: cannot be written (Is a directory): choose another path"),
+    (["--json", "gs:/bucket/numbers.json"], "gs:/bucket/numbers.json: an address begins with gs://, as in gs://bucket/"),
+    (["--ensemble", "probability", "--weights", "1", "2"], "needs one weight above 0 for each of 1 models"),
+    (["--ensemble", "probability", "--weights", "-1"], "needs one weight above 0 for each of 1 models, not [-1.0]"),
+    (["--ensemble", "probability", "--weights", "nan"], "needs one weight above 0"),
+    (["--ensemble", "probability", "--weights", "1e308"], "ensemble: weights: each should be 0, or between 1e-30"),
 ])  # fmt: skip
-def test_mistakes_end_with_one_line(tiny_models, corpus, capsys, arguments, message):
+def test_mistakes_end_with_one_line_and_no_model_is_loaded(
+    tiny_models, corpus, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(models, "load", None)
     given = arguments if "--corpus" in arguments else ["--corpus", str(corpus), *arguments]
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", tiny_models["coarse"], *given])
@@ -69,6 +79,23 @@ def test_mistakes_end_with_one_line(tiny_models, corpus, capsys, arguments, mess
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_faulty_second_model_is_found_before_the_first_is_loaded(tiny_models, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", None)
+    given = [tiny_models["coarse"], str(tmp_path), "--corpus", str(corpus)]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", *given])
+    assert "not a whole model folder" in capsys.readouterr().err
+    given = [*tiny_models.values(), "--corpus", str(corpus), "--ensemble", "log_probability"]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", *given])
+    assert "coarse and fine cannot be averaged: their tokenizers differ" in capsys.readouterr().err
+
+
+def test_windows_beyond_the_context_are_a_warning(tiny_models, corpus, capsys):
+    cli.main(["evaluate", tiny_models["fine"], "--corpus", str(corpus), "--max-length", "80"])
+    assert "was made for 64 tokens, --max-length asks for 80; it may do worse there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

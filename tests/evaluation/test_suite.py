@@ -46,9 +46,15 @@ def test_published_averages_are_those_of_the_paper():
     assert len(by_name["BBH"].members) == 27
 
 
-def test_what_is_missing_is_one_line_each(tiny_models, offline, capsys):
-    cli.main(["evaluate", tiny_models["coarse"], "--suite", "fusellm"])
-    lines = capsys.readouterr().out.splitlines()
+def test_what_is_missing_is_one_line_each(tiny_models, offline, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", tiny_models["coarse"], "--suite", "fusellm", "--json", str(out)])
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.err == ("error: evaluate: no benchmark of fusellm could be run; give what the lines `not run` say\n")
+    assert not out.exists()
+    lines = shown.out.splitlines()
     missing = [line for line in lines if line.startswith("not run: ")]
     assert [line.split(":")[1].strip() for line in missing[:-1]] == [b.name for b in suites.FUSELLM]
     assert "--code PROBLEMS.jsonl" in missing[-1]
