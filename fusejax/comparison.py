@@ -20,6 +20,8 @@ from fusejax import alignment_report, metrics, paths, plots, report, store
 from fusejax.errors import UserError
 from fusejax.progress import console, say
 
+_ANEW = "run `fusejax report CONFIG.yaml` to write it anew"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -45,19 +47,23 @@ class Row:
 
 def read(folder: str | Path) -> Run:
     """A run; UserError where the folder has no report that can be read."""
+    if paths.at(folder).is_file():
+        raise UserError(f"{folder}: is a file; give the output folder of a finished job, or its CONFIG.yaml")
     path = paths.at(folder) / "report.json"
     try:
         found = json.loads(path.read_text("utf-8"))
-        scores = found["evaluation"]["bits_per_byte"]
-        if not all("average" in values for values in scores.values()):
-            raise ValueError("values without an average")
-        return Run(paths.at(folder), found)
     except FileNotFoundError:
         raise UserError(f"{path}: no report there; {folder} should be the output folder of a finished job") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a job's report ({error}); run `fusejax report CONFIG.yaml`"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_ANEW}") from None
+    try:
+        whole = {"alignment", "training", "config"} <= found.keys()
+        whole &= all("average" in values for values in found["evaluation"]["bits_per_byte"].values())
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: is no report of a job, which has config, training, alignment, evaluation; {_ANEW}")
+    return Run(paths.at(folder), found)
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -190,6 +196,9 @@ def run(
     html_path: str | None = None,
 ) -> None:
     """Show the table, and write it where paths are given."""
+    for path in (csv_path, markdown_path, html_path):
+        if path is not None:
+            store.require_writable(path)
     grouped = groups([read(folder) for folder in dict.fromkeys(folders)])
     columns, rows = table(grouped)
     if not rows:

@@ -5,7 +5,7 @@ Each key is declared once, below, with its default, its range and its meaning. T
 """
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -22,6 +22,7 @@ AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 class ModelConfig(Section):
     """A model: a local Hugging Face folder or a hub name."""
 
+    short_form: ClassVar[str] = "a folder or a hub name"
     model: str
     name: str = ""  # how reports call it; default: the last part of `model`
     revision: str | None = None
@@ -88,6 +89,7 @@ class AlignmentConfig(Section):
 class PairMergeConfig(MergeKeys):
     """How the copies of the target that pairwise fusion made become one model; `merge: sce` is short for its method."""
 
+    short_form: ClassVar[str] = "a method"
     density: float = Field(1.0, gt=0, le=1)  # part of each copy's task vector that stays: ties, dare
     corpus: CorpusConfig | None = None  # greedy_soup: text to choose by, neither trained nor evaluated on
 
@@ -173,6 +175,7 @@ class MeshConfig(Section):
     -1: chosen when the devices are known, see `sharding.resolve`; `mesh: auto` leaves all three open.
     """
 
+    short_form: ClassVar[str] = "auto"
     data: int = 1
     fsdp: int = 1
     tensor: int = 1

@@ -7,7 +7,7 @@ names the file and the key, with the nearest key that there is for one that ther
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +20,7 @@ class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    short_form: ClassVar[str] = ""  # what may stand in its place, in words
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -89,9 +90,24 @@ def check(values: dict[str, Any], section: type[AnySection], where: str) -> AnyS
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        message = _wanted_kind(section, first) or first["msg"].removeprefix("Value error, ")
         got = f" (got {first['input']!r})" if first["type"] not in ("missing", "value_error") else ""
         raise UserError(f"{where}: {key + ': ' if key else ''}{message}{got}") from None
+
+
+def _wanted_kind(section: type[Section], error: Any) -> str:
+    """What a value of the wrong kind should be, where pydantic would name its own classes; else the empty string."""
+    if error["type"] in ("tuple_type", "list_type"):
+        return "should be a list, [a, b]"
+    if error["type"] not in ("model_type", "model_attributes_type"):
+        return ""
+    for part in error["loc"]:
+        inner = _section_of(section, part) if isinstance(part, str) else section
+        if inner is None:
+            return "should be keys and values, {key: value}"
+        section = inner
+    instead = f"{section.short_form}, or " if section.short_form else ""
+    return f"should be {instead}{{key: value}} of {', '.join(section.model_fields)}"
 
 
 def defaults(section: type[Section], prefix: str = "") -> dict[str, Any]:

@@ -76,8 +76,11 @@ def test_columns_are_in_the_order_of_the_runs(runs):
 
 @pytest.mark.parametrize(("content", "message"), [
     (None, "no report there"),
-    ("{", "cannot be read as a job's report"),
-    ('{"evaluation": {"bits_per_byte": {"fused": {"law": 1}}}}', "values without an average"),
+    ("{", "report.json: cannot be read (Expecting"),
+    ("{}", "report.json: is no report of a job, which has config, training, alignment, evaluation; run"),
+    ("[]", "is no report of a job"),
+    ("null", "is no report of a job"),
+    ('{"evaluation": {"bits_per_byte": 3}, "config": {}, "training": {}, "alignment": {}}', "is no report of a job"),
 ])  # fmt: skip
 def test_a_folder_without_a_report_is_named(tmp_path, capsys, content, message):
     if content is not None:
@@ -87,6 +90,10 @@ def test_a_folder_without_a_report_is_named(tmp_path, capsys, content, message):
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error
+    assert error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["report", __file__])
+    assert "is a file; give the output folder of a finished job" in capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(tmp_path / "report.json") in error
 

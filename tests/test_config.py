@@ -83,7 +83,12 @@ def test_dump_round_trips(path, overrides):
         ("fusion={level: token, level: block}", "level is given twice"),
         ("sources.1.name=b", "two sources are called 'b'"),
         ("sources.1.name=fused", "cannot be called 'fused'"),
-        ("corpus=3", "corpus"),
+        ("corpus=3", r"corpus: should be \{key: value\} of path, split, .* \(got 3\)"),
+        ("mesh=foo", r"mesh: should be auto, or \{key: value\} of data, fsdp, tensor \(got 'foo'\)"),
+        ("sources.0=3", r"sources.0: should be a folder or a hub name, or \{key: value\} of model, name, "),
+        ("sources=foo", r"sources: should be a list, \[a, b\] \(got 'foo'\)"),
+        ("evaluation.corpus=3", r"evaluation.corpus: should be \{key: value\} of path"),
+        ("output=s3:/bucket/run", "s3:/bucket/run: an address begins with s3://, as in s3://bucket/run"),
         ("target.bos=never", "should be the same"),
     ],
 )  # fmt: skip

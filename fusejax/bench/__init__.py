@@ -13,11 +13,8 @@ import argparse
 import importlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from fusejax.errors import UserError
 
 # WHAT → (module, one line of help).
 BENCHES = {
@@ -49,8 +46,8 @@ def run(options: argparse.Namespace) -> None:
     from fusejax import store
     from fusejax.bench import core
 
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {Path(options.json).absolute().parent}")
+    if options.json:
+        store.require_writable(options.json)
     cases = _load(BENCHES[options.what][0]).run(options)
     result: dict[str, Any] = {"cases": [case.as_json() for case in cases], "machine": core.machine()}
     core.show(options.what, cases, result["machine"])

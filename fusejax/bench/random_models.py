@@ -48,6 +48,10 @@ def _read(shape: str, length: int) -> tuple[dict[str, Any], models.DecoderConfig
         return models.hf_config(config, "llama"), config
     path = Path(shape).expanduser()
     path = path / "config.json" if path.is_dir() else path
+    if "/" in shape and not path.is_file():
+        raise UserError(
+            f"--random {shape}: {path} is not there; it should be the config.json of a model, or its folder"
+        )
     if not path.is_file():
         raise UserError(f"--random {shape}: should be WIDTHxLAYERSxVOCAB, for example 320x8x32000, or a config.json")
     values = files.read_json(path)

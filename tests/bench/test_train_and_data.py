@@ -68,6 +68,10 @@ def test_train_of_any_shape_on_what_is_drawn(tmp_path, tiny_models):
     ("shape", "message"),
     [
         ("64x1", "should be WIDTHxLAYERSxVOCAB, for example 320x8x32000, or a config.json"),
+        (
+            "/nowhere",
+            "--random /nowhere: /nowhere is not there; it should be the config.json of a model, or its folder",
+        ),
         ("100x1x400", "multiple of 64"),
         ("64x1x8", "vocabulary of at least 352"),
     ],
