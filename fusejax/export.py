@@ -81,6 +81,7 @@ def written(folder: Path) -> Iterator[Path]:
             yield Path(made)
             _send(Path(made), folder)
         return
+    store.require_writable(folder / "config.json", "choose another `output`, or make it writable")
     temporary = store.make_folder(folder.parent) / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:

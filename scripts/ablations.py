@@ -115,7 +115,10 @@ def read_variants(options: argparse.Namespace, folder: Path) -> list[Variant]:
     found = settings.read(options.variants)
     unknown = [name for name in options.only or [] if name not in found]
     if unknown:
-        raise UserError(f"--only {unknown[0]}: {options.variants} has no such variant; it has {', '.join(found)}")
+        names = " ".join(f"'{name}'" for name in found)
+        raise UserError(
+            f"--only {unknown[0]}: {options.variants} has no such variant; give some of {names}, separated by spaces"
+        )
     into = options.into or folder / "ablations"
     variants = []
     for name in options.only or found:

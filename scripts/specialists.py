@@ -19,6 +19,8 @@ from pydantic import Field, model_validator
 from train_quickstart_models import byte_level, make_model
 
 from fusejax import cli, comparison, config, settings
+from fusejax.config import CorpusConfig
+from fusejax.corpus import read_documents
 from fusejax.errors import UserError
 from fusejax.evaluation import baselines
 from fusejax.progress import say
@@ -141,11 +143,25 @@ def split(experiment: Experiment) -> None:
         experiment.domains: {"heldout": sizes.heldout, "fusion": sizes.fusion, "expert": sizes.expert},
     }
     paths = {name: _path(experiment, name) for names in parts for name in names}
+    _refuse_shared([paths[name] for name in experiment.general], [paths[name] for name in experiment.domains])
     for names, splits in parts.items():
         corpora = [f"{name}={paths[name]}" for name in names]
         wanted = [f"{name}={size}" for name, size in splits.items()]
         domain_corpus.main([str(experiment.text), "--corpus", *corpora, "--split", *wanted])
     write_atomically(made, json.dumps(settings_now))
+
+
+def _refuse_shared(general: Sequence[Path], domains: Sequence[Path]) -> None:
+    """UserError where a document of a domain is also one of the general text; near ones are not looked for."""
+    known = {found.id: path for path in general for found in read_documents(CorpusConfig(path=str(path)))}
+    for path in domains:
+        shared = [found for found in read_documents(CorpusConfig(path=str(path))) if found.id in known]
+        if shared:
+            first = shared[0]
+            raise UserError(
+                f"{path}: {len(shared)} of its documents also stand in a general corpus, the first in "
+                f"{known[first.id]}: {first.text[:60]!r}; remove them from one of the two"
+            )
 
 
 def _path(experiment: Experiment, name: str) -> Path:

@@ -10,10 +10,9 @@ which took 41 minutes on two cores that had other work as well. An interrupted r
 fixed; the text depends on the Python version that runs it (the shipped models: CPython 3.11).
 """
 
-import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -163,12 +162,12 @@ RECIPES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = cli.Parser(prog="train_quickstart_models.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--build", type=Path, default=Path("runs/quickstart-models"), help="where training happens")
     parser.add_argument("--into", type=Path, default=Path("configs/quickstart"), help="where the models go")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in options.only:
         build(name, RECIPES[name], options.build / name, options.into / name)
 
@@ -251,4 +250,4 @@ def pretraining(recipe: Recipe, model: Path, folder: Path) -> config.Config:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -88,7 +88,7 @@ def test_what_is_done_is_kept_and_other_settings_are_refused(script, files, monk
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--only", "theirs"], "no such variant; it has ours, clm"),
+        (["--only", "theirs"], "no such variant; give some of 'ours' 'clm' 'k 2, λ 0.5' .*, separated by spaces"),
         (["loss.weight_clm=2"], r"job.yaml: loss.weight_clm"),
         (["sources=[]"], r"variants.yaml: avg: .*job.yaml: fusion.weights"),
         (["--points", "0"], "--points: should be at least 1"),

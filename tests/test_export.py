@@ -148,3 +148,12 @@ def test_others_may_read_what_the_umask_allows(tiny_models):
     folder = Path(tiny_models["coarse"])
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_a_file_in_the_place_of_the_folder_stays(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("text")
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"), export.written(file):
+        pytest.fail("nothing should be made")
+    assert file.read_text() == "text"
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

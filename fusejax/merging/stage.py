@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import export, models, sharding
+from fusejax import corpus, export, models, preflight, sharding, store
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.merging import checkpoints, methods
@@ -26,10 +26,17 @@ def merge(config: MergeConfig) -> Path:
 
     Raises UserError, naming tensor, key or row, where the models do not fit each other; then nothing is written.
     """
+    before = _made_from(config.folder)
+    if before is None:
+        _require_free(config.folder)
     inputs = _inputs(config)
-    if _made_from(config.folder) == inputs:
+    if before == inputs:
         say(f"merge {config.folder}: done before, skipped")
         return config.folder
+    if config.corpus is not None:
+        corpus.check(config.corpus)
+        for model in config.models:
+            preflight.check_length(model, config.max_length, "max_length")
     opened = open_all(config)
     made: dict[str, Any] = {"merge": inputs}
     if config.method == "greedy_soup":
@@ -149,6 +156,13 @@ def merge_tensor(config: MergeConfig, base: Any, models_NS: jax.Array, key: jax.
 def tensor_key(config: MergeConfig, name: str) -> jax.Array:
     """The random key of a tensor, whatever the others are."""
     return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
+
+
+def _require_free(folder: Path) -> None:
+    """UserError where no model can be written, or where one is that no merge made."""
+    store.require_writable(folder / "config.json", "choose another `output`, or make it writable")
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds a model that no merge made; choose another `output`, or remove it")
 
 
 def _inputs(config: MergeConfig) -> dict[str, Any]:

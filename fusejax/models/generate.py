@@ -133,8 +133,7 @@ def tokens(
     A token is computed while the one before it is looked at. Raises UserError for an empty prompt, a token id that the
     model does not know, where its table of positions ends before the last token, and where its values are not numbers.
     """
-    if max_tokens < 1:
-        raise UserError(f"max_tokens: {max_tokens} should be a whole number above 0")
+    _check_limits(max_tokens)
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise UserError("prompt: it has no tokens; this tokenizer has no BOS token to begin with")
@@ -144,8 +143,6 @@ def tokens(
             f"max_tokens: a prompt of {max(lengths)} tokens and {max_tokens} more are beyond the model's {limit} "
             "positions"
         )
-    if max_tokens > _MOST_TOKENS:
-        raise UserError(f"max_tokens: {max_tokens} is more than {_MOST_TOKENS}, for which no cache is made at once")
     longest = _bucket(max(lengths))
     ids_BP = np.zeros((len(prompts), longest), np.int32)
     segments_BP = np.zeros_like(ids_BP)
@@ -167,6 +164,16 @@ def tokens(
         yield _numbers(now)
         now = later
     yield _numbers(now)
+
+
+def _check_limits(max_tokens: int, stop: Sequence[str] = ()) -> None:
+    """UserError for what no model can do."""
+    if max_tokens < 1:
+        raise UserError(f"max_tokens: {max_tokens} should be a whole number above 0")
+    if max_tokens > _MOST_TOKENS:
+        raise UserError(f"max_tokens: {max_tokens} is more than {_MOST_TOKENS}, for which no cache is made at once")
+    if "" in stop:
+        raise UserError("stop: an empty string would stop everything")
 
 
 def _numbers(tokens_B: jax.Array) -> np.ndarray:
@@ -229,8 +236,7 @@ class Generator:
 
         show(row, text): called with each new piece of text as soon as no stop string can begin in it.
         """
-        if "" in stop:
-            raise UserError("stop: an empty string would stop everything")
+        _check_limits(max_tokens, stop)
         front = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
         ids = [[*front, *encoded.tolist()] for encoded, _ in self.tokenizer.encode_batch(prompts)]
         streams = [TextStream(self.tokenizer.canonical_bytes, self.ends, stop) for _ in prompts]
@@ -265,9 +271,11 @@ def generate(
     model: a folder, a hub name or, to load it once for many calls, a `Generator`. temperature, top_k, top_p, seed: see
     `Sampling`. stop: the text ends before the first of these strings. Raises UserError for values that make no sense.
     """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    _check_limits(max_tokens, stop)
     generator = model if isinstance(model, Generator) else Generator.load(model)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    results = generator(texts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop)
+    results = generator(texts, max_tokens, sampling, stop)
     return results[0] if isinstance(prompts, str) else results
 
 
@@ -275,6 +283,7 @@ def show(options: argparse.Namespace) -> None:
     """`fusejax generate`: the text on standard output, as it comes; what loading says goes to standard error."""
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    _check_limits(options.max_tokens, options.stop)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the text's alone
         generator = Generator.load(

@@ -214,6 +214,17 @@ def test_the_command(three, tmp_path, capsys):
     assert "linear of 2 models" in capsys.readouterr().out
 
 
+def test_an_output_that_cannot_be_is_found_before_a_model_is_read(three, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "fingerprint", None)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file/config.json: cannot be written \(Not a directory\): choose another"):
+        merge(tmp_path, method="linear", models=three[1:], output=str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match="base: holds a model that no merge made; choose another `output`, or remove it"
+    ):
+        merge(tmp_path, method="linear", models=three[1:], output=three[0])
+
+
 def test_greedy_soup_keeps_what_helps(three, tmp_path, capsys):
     heldout = tmp_path / "heldout.jsonl"
     texts = ["The cat sat on the mat, and the dog sat on the log.", "import os\nimport sys\n\nprint(sys.argv)\n"]

@@ -200,8 +200,9 @@ def test_stream_shows_whole_characters_and_holds_stops_back():
     ],
 )
 def test_values_that_make_no_sense(tiny_models, options, message):
-    with pytest.raises(UserError, match=message):
-        fusejax.generate(tiny_models["coarse"], "x", **options)
+    for model in (tiny_models["coarse"], "/nowhere"):  # before any is loaded
+        with pytest.raises(UserError, match=message):
+            fusejax.generate(model, "x", **options)
 
 
 def test_empty_prompt(tiny_models):
