@@ -35,6 +35,7 @@ class Stage:
     call: Callable[[Config], Call]
     arguments: Callable[[Config], int]
     least: Callable[[Config], int]
+    tokens: Callable[[Config], float]
     variants: Callable[[Config], list[Config]]
 
 
@@ -144,11 +145,14 @@ def training(config: Config, shapes: dict[str, models.DecoderConfig], devices: S
         kept = _kept_per_token(config, shape, mesh.shape["tensor"])
         return held(config.mesh)[1] + rows * config.max_length * shape.n_layers * kept
 
+    def tokens(config: Config) -> float:
+        return config.batch.sequences * config.max_length / len(devices)
+
     def variants(config: Config) -> list[Config]:
         found = list(_training_variants(config, shape, len(devices), sharding.slices_of(devices)[0]))
         return sorted(found, key=lambda other: _seconds(other, shape, devices))
 
-    return Stage("train", "train", shape, call, lambda config: held(config.mesh)[0], least, variants)
+    return Stage("train", "train", shape, call, lambda config: held(config.mesh)[0], least, tokens, variants)
 
 
 def _kept_per_token(config: Config, shape: models.DecoderConfig, tensor: int) -> int:
@@ -210,6 +214,10 @@ def source(
         tokens = ids.sharding.shard_shape(ids.shape)[0] * config.max_length
         return 2 * tokens * shape.d_model * (2 if config.precision.compute == "bfloat16" else 4)
 
+    def tokens(config: Config) -> float:
+        ids = call(config).arguments[1]
+        return ids.size / ids.sharding.mesh.size
+
     def variants(config: Config) -> list[Config]:
         found: list[CacheConfig] = []
         for mesh in dict.fromkeys((config.cache.mesh, "job")):
@@ -219,7 +227,10 @@ def source(
                 found.append(config.cache.model_copy(update={"batch_tokens": tokens, "mesh": mesh}))
         return [config.model_copy(update={"cache": cache}) for cache in found]
 
-    return Stage(label, (shape, model.top_k), shape, call, lambda config: call(config).argument_bytes, least, variants)
+    def arguments(config: Config) -> int:
+        return call(config).argument_bytes
+
+    return Stage(label, (shape, model.top_k), shape, call, arguments, least, tokens, variants)
 
 
 def checked_mesh(config: Config, shape: models.DecoderConfig, devices: Sequence[Any], name: str) -> MeshConfig:

@@ -155,7 +155,11 @@ def describe(
         }
         result["collectives"] = {kind: traffic._asdict() for kind, traffic in program.collectives.items()}
         result["compile_s"] = program.seconds
-    return result | _speed(stage, config, devices, tokens, mfu)
+    result |= _speed(stage, config, devices, tokens, mfu)
+    if fitted is not None and fitted.program is not None:
+        seconds = stage.tokens(fitted.config) * len(devices) / result["estimated_tokens_per_s"]
+        result["estimated_sent_bytes_per_s"] = sum(sent.bytes for sent in fitted.program.collectives.values()) / seconds
+    return result
 
 
 def _speed(stage: Stage, config: Config, devices: Sequence[Any], tokens: float, mfu: float) -> Json:
@@ -180,7 +184,8 @@ def _speed(stage: Stage, config: Config, devices: Sequence[Any], tokens: float, 
 def _print(stages: Sequence[Json], mfu: float) -> None:
     memory = Table("stage", "fits", "arguments", "temporaries", "peak", "spare", title="memory of each device")
     sent = Table("stage", "collective", "times", "bytes", title="sent by each device, in a pass or step")
-    time = Table("stage", "FLOP/token", "tokens/s", "hours", "cache", title=f"an estimate, at {mfu:.0%} of the peak")
+    title = f"an estimate, at {mfu:.0%} of the peak"
+    time = Table("stage", "FLOP/token", "tokens/s", "sent", "hours", "cache", title=title)
     for stage in stages:
         fits = "yes" if stage["fits"] else f"with {' '.join(stage['change'])}" if stage["change"] else "no"
         held = stage.get("memory", {})
@@ -188,11 +193,14 @@ def _print(stages: Sequence[Json], mfu: float) -> None:
         memory.add_row(stage["name"], fits, *sizes)
         for kind, traffic in stage.get("collectives", {}).items():
             sent.add_row(stage["name"], kind, f"{traffic['times']:,}", plan.readable_bytes(traffic["bytes"]))
-        hours, disk = stage.get("estimated_hours"), stage.get("cache_bytes")
+        hours, disk, wires = (
+            stage.get(key) for key in ("estimated_hours", "cache_bytes", "estimated_sent_bytes_per_s")
+        )
         time.add_row(
             stage["name"],
             f"{stage['flops_per_token']:.3g}",
             f"{stage['estimated_tokens_per_s']:,.0f}",
+            "?" if wires is None else f"{plan.readable_bytes(wires)}/s",
             "?" if hours is None else f"{hours:.2f}",
             "" if disk is None else plan.readable_bytes(disk),
         )

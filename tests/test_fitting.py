@@ -121,7 +121,8 @@ def machine(memory, factor=2.0, refuses=True):
         return [job.model_copy(update={"batch": job.batch.model_copy(update={"microbatch": n})}) for n in sizes]
 
     shape = models.decoder_config(published.CONFIGS["meta-llama/Llama-2-7b-hf"])
-    return fitting.Stage("train", "train", shape, Call, lambda _: 4 * GIB, least, variants), compiled
+    tokens = 64 * 2048 / 8
+    return fitting.Stage("train", "train", shape, Call, lambda _: 4 * GIB, least, lambda _: tokens, variants), compiled
 
 
 @pytest.mark.parametrize("refuses", [True, False])
@@ -198,6 +199,7 @@ def test_the_report(planned):
     assert stage["flops_per_token"] == per_token
     assert stage["estimated_tokens_per_s"] == pytest.approx(0.5 * 8 * 459e12 / per_token)
     assert stage["estimated_hours"] == pytest.approx(1e9 / stage["estimated_tokens_per_s"] / 3600)
+    assert stage["estimated_sent_bytes_per_s"] == pytest.approx(1000 * stage["estimated_tokens_per_s"] / (64 * 2048))
 
 
 def test_a_change_is_named(planned):
