@@ -67,6 +67,13 @@ def try_one(stage: Stage, config: Config, available: int) -> Outcome:
     return Outcome(config, program.peak <= available, program.peak, program)
 
 
+def refusal(outcome: Outcome) -> str:
+    """Why a program does not fit, in the compiler's words where it has any."""
+    if outcome.reason or outcome.needed is None:
+        return outcome.reason or "does not fit"
+    return f"does not fit: needs {outcome.needed / (1 << 30):.2f} GiB"
+
+
 def search(
     stage: Stage, failed: Outcome, available: int, tries: int, seconds: float, say: Callable[[str], None]
 ) -> Outcome | None:
@@ -89,6 +96,7 @@ def search(
         outcome = try_one(stage, config, available)
         if outcome.fits:
             return outcome
+        say(f"{stage.name}: {refusal(outcome)}")
         factor = max(factor, _factor(stage, outcome))
     return None
 
@@ -121,6 +129,18 @@ def changes(old: Config, new: Config) -> list[str]:
         if value != getattr(getattr(old, section), key):
             found.append(f"{section}.{key}={value}")
     return found + ([f"remat={new.remat}"] if new.remat != old.remat else [])
+
+
+def other_optimizers(stage: Stage, config: Config) -> list[tuple[str, int]]:
+    """(override, bytes on each device that the arguments are less by) of the optimizers that hold less."""
+    held = stage.arguments(config)
+    found = []
+    for kind in ("lion", "adafactor"):
+        optimizer = config.optimizer.model_copy(update={"kind": kind})
+        less = held - stage.call(config.model_copy(update={"optimizer": optimizer})).argument_bytes
+        if less > 0:
+            found.append((f"optimizer.kind={kind}", less))
+    return found
 
 
 def training(config: Config, shapes: dict[str, models.DecoderConfig], devices: Sequence[Any]) -> Stage:

@@ -122,8 +122,12 @@ def _compile(stage: Stage, config: Config, available: int, options: Options) -> 
     if first.fits and first.program is not None:
         say(f"{stage.name}: fits, with {_gib(first.needed)} at the peak; compiled in {first.program.seconds:.0f} s")
         return first, first
-    say(f"{stage.name}: {first.reason or 'does not fit: needs ' + _gib(first.needed)}")
-    return first, fitting.search(stage, first, available, options.tries, 60 * options.minutes, say)
+    say(f"{stage.name}: {fitting.refusal(first)}")
+    fitted = fitting.search(stage, first, available, options.tries, 60 * options.minutes, say)
+    if fitted is None and stage.name == "train":
+        less = [f"{change} ({_gib(size)} less to hold)" for change, size in fitting.other_optimizers(stage, config)]
+        say(f"train: not tried, since they train otherwise: {', '.join([*less, 'lora', 'optimizer.frozen'])}")
+    return first, fitted
 
 
 def describe(
@@ -205,7 +209,8 @@ def _print(stages: Sequence[Json], mfu: float) -> None:
             "" if disk is None else plan.readable_bytes(disk),
         )
     for table in (memory, sent, time):
-        console.print(table)
+        if table.row_count:
+            console.print(table)
     for stage in stages:
         if stage["change"]:
             short = stage["short_bytes"]

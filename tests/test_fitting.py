@@ -104,7 +104,7 @@ def machine(memory, factor=2.0, refuses=True):
 
     class Call:
         def __init__(self, job):
-            self.job, self.argument_bytes = job, 4 * GIB
+            self.job, self.argument_bytes = job, (3 if job.optimizer.kind == "lion" else 4) * GIB
 
         def compile(self):
             compiled.append(self.job)
@@ -138,6 +138,11 @@ def test_the_quickest_that_should_fit_is_compiled(job, refuses):
     assert len(compiled) == 2
     assert said[0].startswith("train: of 3 other configurations")
     assert said[1:] == ["train: compiling with batch.microbatch=16"]
+
+
+def test_a_refusal_has_the_compilers_words_or_the_need(job):
+    assert fitting.refusal(Outcome(job, False, 3 * GIB, None, "does not fit: so it said")) == "does not fit: so it said"
+    assert fitting.refusal(Outcome(job, False, 3 * GIB, None)) == "does not fit: needs 3.00 GiB"
 
 
 def test_the_search_is_bounded(job):
@@ -212,9 +217,13 @@ def test_a_change_is_named(planned):
 
 def test_nothing_fits(planned, capsys):
     with pytest.raises(SystemExit) as stopped:
-        planned(4 * GIB)
+        planned(5 * GIB)
     assert stopped.value.code == 2
-    assert "no configuration that fits was found for train" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no configuration that fits was found for train" in said.err
+    assert "train: compiling with batch.microbatch=8\ntrain: does not fit: said the compiler\n" in said.out
+    assert "not tried, since they train otherwise: optimizer.kind=lion (1.00 GiB less to hold), lora" in said.out
+    assert "sent by each device" not in said.out, "a table without rows"
 
 
 @pytest.mark.parametrize(
