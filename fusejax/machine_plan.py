@@ -119,10 +119,9 @@ def _compile(stage: Stage, config: Config, available: int, options: Options) -> 
     """(what the configuration as it is comes to, what fits: itself, another one, or None)."""
     say(f"{stage.name}: compiling for {options.topology}, which may take minutes")
     first = fitting.try_one(stage, config, available)
-    if first.fits and first.program is not None:
-        say(f"{stage.name}: fits, with {_gib(first.needed)} at the peak; compiled in {first.program.seconds:.0f} s")
+    say(f"{stage.name}: {fitting.verdict(first)}")
+    if first.fits:
         return first, first
-    say(f"{stage.name}: {fitting.refusal(first)}")
     fitted = fitting.search(stage, first, available, options.tries, 60 * options.minutes, say)
     if fitted is None and stage.name == "train":
         less = [f"{change} ({_gib(size)} less to hold)" for change, size in fitting.other_optimizers(stage, config)]

@@ -95,7 +95,7 @@ def test_the_least_of_a_step(job, eight, monkeypatch):
     assert stage.least(full) == gradients + activations * 4096
     assert stage.least(job) == gradients + activations * (2 * 4096 + 4 * 4096 + 3 * 11008)
     micro = full.model_copy(update={"batch": job.batch.model_copy(update={"microbatch": 16})})
-    assert stage.least(micro) == gradients + activations * 4096 // 4
+    assert stage.least(micro) == 2 * gradients + activations * 4096 // 4
 
 
 def machine(memory, factor=2.0, refuses=True):
@@ -137,12 +137,13 @@ def test_the_quickest_that_should_fit_is_compiled(job, refuses):
     assert fitting.changes(job, found.config) == ["batch.microbatch=16"]
     assert len(compiled) == 2
     assert said[0].startswith("train: of 3 other configurations")
-    assert said[1:] == ["train: compiling with batch.microbatch=16"]
+    assert said[1] == "train: compiling with batch.microbatch=16"
+    assert said[2:] == ["train: fits, with 8.00 GiB at the peak; compiled in 1 s"]
 
 
-def test_a_refusal_has_the_compilers_words_or_the_need(job):
-    assert fitting.refusal(Outcome(job, False, 3 * GIB, None, "does not fit: so it said")) == "does not fit: so it said"
-    assert fitting.refusal(Outcome(job, False, 3 * GIB, None)) == "does not fit: needs 3.00 GiB"
+def test_a_verdict_has_the_compilers_words_or_the_need(job):
+    assert fitting.verdict(Outcome(job, False, 3 * GIB, None, "does not fit: so it said")) == "does not fit: so it said"
+    assert fitting.verdict(Outcome(job, False, 3 * GIB, None)) == "does not fit: needs 3.00 GiB"
 
 
 def test_the_search_is_bounded(job):
@@ -157,9 +158,24 @@ def test_the_search_is_bounded(job):
 
 def test_next_candidate():
     candidates = [Candidate(name, 2, least) for name, least in (("fast", 6), ("middle", 3), ("slow", 1))]
-    assert fitting.next_candidate(candidates, 1.0, 10).config == "fast"
-    assert fitting.next_candidate(candidates, 2.0, 10).config == "middle"
-    assert fitting.next_candidate(candidates, 20.0, 10).config == "slow"
+    for factor, name in ((1.0, "fast"), (2.0, "middle"), (20.0, "slow")):
+        chosen = fitting.next_candidate(candidates, lambda one, by=factor: one.arguments + by * one.least, 10)
+        assert chosen.config == name
+
+
+def test_another_remat_is_not_judged_by_the_first(job):
+    """Four times the least under `none` says nothing of `full`, which is tried with the whole batch at once."""
+
+    def call(job):
+        return machine(16 * GIB, 1.2 if job.remat == "full" else 4.0)[0].call(job)
+
+    full = job.model_copy(update={"remat": "full"})
+    small = full.model_copy(update={"batch": job.batch.model_copy(update={"microbatch": 8})})
+    stage = dataclasses.replace(machine(16 * GIB)[0], call=call, variants=lambda _: [full, small])
+    said = []
+    found = fitting.search(stage, fitting.try_one(stage, job, 16 * GIB), 16 * GIB, 1, 60, said.append)
+    assert fitting.changes(job, found.config) == ["remat=full"]
+    assert said[-1] == "train: fits, with 13.60 GiB at the peak; compiled in 1 s"
 
 
 def test_arguments_are_counted_as_the_compiler_does(make_job):
