@@ -196,14 +196,14 @@ def _print(stages: Sequence[Json], mfu: float) -> None:
         memory.add_row(stage["name"], fits, *sizes)
         for kind, traffic in stage.get("collectives", {}).items():
             sent.add_row(stage["name"], kind, f"{traffic['times']:,}", plan.readable_bytes(traffic["bytes"]))
-        hours, disk, wires = (
-            stage.get(key) for key in ("estimated_hours", "cache_bytes", "estimated_sent_bytes_per_s")
-        )
+        if not held:
+            continue
+        hours, disk = stage.get("estimated_hours"), stage.get("cache_bytes")
         time.add_row(
             stage["name"],
             f"{stage['flops_per_token']:.3g}",
             f"{stage['estimated_tokens_per_s']:,.0f}",
-            "?" if wires is None else f"{plan.readable_bytes(wires)}/s",
+            f"{plan.readable_bytes(stage['estimated_sent_bytes_per_s'])}/s",
             "?" if hours is None else f"{hours:.2f}",
             "" if disk is None else plan.readable_bytes(disk),
         )

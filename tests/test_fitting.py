@@ -240,6 +240,7 @@ def test_nothing_fits(planned, capsys):
     assert "train: compiling with batch.microbatch=8\ntrain: does not fit: said the compiler\n" in said.out
     assert "not tried, since they train otherwise: optimizer.kind=lion (1.00 GiB less to hold), lora" in said.out
     assert "sent by each device" not in said.out, "a table without rows"
+    assert "an estimate" not in said.out, "of what does not run"
 
 
 @pytest.mark.parametrize(
