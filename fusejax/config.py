@@ -23,7 +23,7 @@ class ModelConfig(Section):
     """A model: a local Hugging Face folder or a hub name."""
 
     short_form: ClassVar[str] = "a folder or a hub name"
-    model: str
+    model: str = Field(min_length=1)
     name: str = ""  # how reports call it; default: the last part of `model`
     revision: str | None = None
     # auto: BOS before each document where the model's tokenizer puts one; template: conversations by its chat template
@@ -52,8 +52,9 @@ class ModelConfig(Section):
 class CorpusConfig(Section):
     """Where documents come from; see `fusejax.corpus`."""
 
-    path: str  # FILE.jsonl[.gz] | FILE.parquet | FILE.txt | a folder of these | a local TFDS folder
-    #          | tfds:NAME | huggingface:NAME | stdlib:
+    # FILE.jsonl[.gz] | FILE.parquet | FILE.txt | a folder of these | a local TFDS folder
+    # | tfds:NAME | huggingface:NAME | stdlib:
+    path: str = Field(min_length=1)
     split: str = "train"
     text_key: str = "text"
     messages_key: str | None = None  # instead: the column of conversations, lists of {role, content}; docs/chat.md

@@ -94,6 +94,15 @@ def written(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def made_from(folder: Path) -> dict[str, Any]:
+    """What an exported or merged folder says that it was made from; nothing where it cannot be read."""
+    try:
+        found = json.loads((folder / MARKER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_weights(
     folder: Path,
     tensors: Iterable[tuple[str, int, T]],

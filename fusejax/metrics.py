@@ -17,9 +17,12 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     steps = []
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:
-            steps.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        steps.append(record)
     return steps
 
 

@@ -17,7 +17,7 @@ from fusejax import alignment_report, metrics, plots, store
 from fusejax.alignment import read_report
 from fusejax.config import Config, dump
 from fusejax.progress import console, say
-from fusejax.training import run_folder, runs
+from fusejax.training import read_record, run_folder, runs
 
 _LAST_TENTH = ("loss", "clm_loss", "fusion_loss", "target_entropy", "model_entropy")  # nats a token
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -87,15 +87,15 @@ def _bits_per_byte(config: Config) -> dict[str, Any]:
     names += [*sorted(trained, key=lambda name: name != "clm"), *config.evaluation.baselines, "fused"]
     found = {}
     for name in names:
-        path = folder / f"{name}.json"
-        if path.exists():
-            found[name] = json.loads(path.read_text("utf-8"))["bits_per_byte"]
+        remedy = "run the stage `evaluate` again"
+        result = store.read_object(folder / f"{name}.json", {"bits_per_byte": dict}, remedy)
+        if result is not None:
+            found[name] = result["bits_per_byte"]
     return found
 
 
 def _throughput(folder: Path) -> dict[str, Any]:
-    path = folder / "training.json"
-    return json.loads(path.read_text("utf-8")).get("throughput", {}) if path.exists() else {}
+    return (read_record(folder) or {}).get("throughput", {})
 
 
 def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -170,6 +170,23 @@ def check_inputs(
         raise UserError(f"{folder}: was made with other settings: {details}; {remedy}")
 
 
+def read_object(path: Path, needed: Mapping[str, type], remedy: str) -> dict[str, Any] | None:
+    """The JSON object that a stage left in a file, None where there is no file.
+
+    needed: keys that it has, with the types of their values. UserError with `remedy` where it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+    for key, kind in needed.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+            raise UserError(f"{path}: is damaged, it has no {key}; {remedy}")
+    return found
+
+
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
     """The manifest of a store, None where there is none."""
     path = paths.at(folder) / "manifest.json"
@@ -180,9 +197,14 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove {folder} to make it anew") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _is_whole(manifest):
         raise UserError(f"{path}: is not a store of format {FORMAT}; remove {folder} to make it anew")
     return manifest
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    kinds = {"inputs": dict, "summary": dict, "n_records": int, "shard_records": int, "complete": bool}
+    return all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()) and manifest["shard_records"] > 0
 
 
 class StoreWriter:

@@ -47,10 +47,8 @@ class Variant:
         return self.job.folder / "result.json"
 
     def result(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.result_path.read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
+        needed = {"name": str, "inputs": dict, "bits_per_byte": dict, "points": list}
+        return store.read_object(self.result_path, needed, "remove it")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,7 +260,9 @@ def measure(job: Config, model: Any) -> dict[str, Any]:
 
 def write_table(folder: Path, variants: Sequence[Variant], options: argparse.Namespace) -> None:
     """Every result there is, on standard output and in the files that are asked for."""
-    before = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "evaluation").glob("*.json"))]
+    needed, remedy = {"name": str, "bits_per_byte": dict}, "run the stage `evaluate` again"
+    paths = sorted((folder / "evaluation").glob("*.json"))
+    before = [found for path in paths if (found := store.read_object(path, needed, remedy)) is not None]
     results = [result for variant in variants if (result := variant.result()) is not None]
     lines = table([*before, *results])
     say("\n".join(lines))

@@ -25,7 +25,7 @@ from fusejax.errors import UserError
 from fusejax.evaluation import baselines
 from fusejax.progress import say
 from fusejax.settings import Section
-from fusejax.store import write_atomically
+from fusejax.store import read_object, write_atomically
 
 STAGES = ("prepare", "sources", "align", "train", "export", "baselines", "evaluate", "report")
 
@@ -134,8 +134,9 @@ def split(experiment: Experiment) -> None:
     """Write text/{general,heldout,fusion,expert}.jsonl; UserError where other settings made what is there."""
     sizes, made = experiment.bytes, experiment.text / "made.json"
     settings_now = experiment.model_dump(mode="json", include={"general", "domains", "bytes"})
-    if made.exists():
-        if json.loads(made.read_text("utf-8")) != settings_now:
+    before = read_object(made, {"bytes": dict}, f"remove {experiment.text}")
+    if before is not None:
+        if before != settings_now:
             raise UserError(f"{made}: made with other `general`, `domains` or `bytes`; choose another `output`")
         return
     parts = {

@@ -123,6 +123,15 @@ def test_a_library_that_finds_the_disk_full_is_a_user_error(tmp_path, monkeypatc
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["manifest.json"]
 
 
+@pytest.mark.parametrize("changes", [{"complete": None}, {"inputs": []}, {"n_records": "7"}, {"shard_records": 0}])
+def test_a_manifest_that_is_none(tmp_path, changes):
+    write(tmp_path / "s").finish({})
+    path = tmp_path / "s/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=r"is not a store of format 2; remove .* to make it anew"):
+        store.Store(tmp_path / "s")
+
+
 def test_a_key_younger_than_the_folder_had_its_default_if_its_section_was_there(tmp_path):
     made_from, defaults = {"batch.size": 2}, {"batch.size": 1, "batch.new": 5, "lora.rank": 8}
     store.check_inputs(tmp_path, made_from, made_from | {"batch.new": 5}, defaults=defaults)

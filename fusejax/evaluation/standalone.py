@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from rich.table import Table
 
-from fusejax import models, preflight, sharding, store, tokenizers
+from fusejax import models, preflight, settings, sharding, store, tokenizers
 from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.corpus import Document, encode, read_documents
 from fusejax.corpus import check as check_corpus
@@ -110,6 +110,11 @@ def _tokenized(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[Doc
     yield from flush()
 
 
+def models_of(names: Sequence[str]) -> list[ModelConfig]:
+    """The models of a command line; UserError for what can be none."""
+    return [settings.check({"model": name}, ModelConfig, "evaluate") for name in names]
+
+
 def labels_of(given: Sequence[ModelConfig]) -> list[str]:
     """How tables call the models: by the last part of the name if that tells them apart. UserError for one twice."""
     labels = [model.label for model in given]
@@ -142,7 +147,7 @@ def run(
     **options: Any,
 ) -> None:
     """Measure every model, and with `kind` their ensemble; show the table, and write all numbers to `json_path`."""
-    given = [ModelConfig(model=name) for name in names]
+    given = models_of(names)
     labels = labels_of(given)
     if json_path is not None:
         store.require_writable(json_path)

@@ -20,7 +20,7 @@ from fusejax import hub, preflight, reading, store
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.evaluation import code
-from fusejax.evaluation.standalone import labels_of
+from fusejax.evaluation.standalone import labels_of, models_of
 from fusejax.evaluation.suites import COMMON_SENSE, MULTIPL_E, PUBLISHED_MODELS, SOURCE, SUITES, Benchmark
 from fusejax.progress import console, say
 
@@ -47,7 +47,7 @@ def run(
     table where no benchmark could be run.
     """
     chosen = _chosen(suite, benchmarks)
-    given = [ModelConfig(model=name) for name in models]
+    given = models_of(models)
     labels = labels_of(given)
     _check(given, json_path, code_options)
     lacking = {b.name: need for b in chosen if (need := missing(b, data, include_path))}

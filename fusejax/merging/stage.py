@@ -26,7 +26,7 @@ def merge(config: MergeConfig) -> Path:
 
     Raises UserError, naming tensor, key or row, where the models do not fit each other; then nothing is written.
     """
-    before = _made_from(config.folder)
+    before = export.made_from(config.folder).get("merge")
     if before is None:
         _require_free(config.folder)
     inputs = _inputs(config)
@@ -170,10 +170,3 @@ def _inputs(config: MergeConfig) -> dict[str, Any]:
     given = [*config.models, *([config.base] if config.base else [])]
     values = config.model_dump(mode="json", exclude={"output"})
     return values | {"weights": [models.fingerprint(model.model, model.revision) for model in given]}
-
-
-def _made_from(folder: Path) -> Any:
-    try:
-        return json.loads((folder / export.MARKER).read_text("utf-8")).get("merge")
-    except (OSError, ValueError, AttributeError):
-        return None

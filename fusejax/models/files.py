@@ -55,6 +55,8 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None, weights:
     a missing folder, for a revision of a local one, and for a hub that cannot be reached or does not have the model.
     """
     path = Path(path_or_repo).expanduser()
+    if not str(path_or_repo):
+        raise UserError("model: should be a folder or a hub name, not ''")
     if path.is_dir():
         hub.refuse_revision(path, revision)
         return path

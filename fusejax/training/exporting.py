@@ -62,8 +62,7 @@ def export_run(config: Config, name: str) -> None:
     if record is None or not record["done"]:
         raise UserError(f"{folder}: run {name!r} is not trained to its end; run `fusejax train` first")
     wanted = {"training": store.fingerprint(record["inputs"]), "dtype": config.precision.export}
-    marker = folder / "export" / "fusejax.json"
-    if marker.exists() and json.loads(marker.read_text("utf-8")) == wanted:
+    if hf.made_from(folder / "export") == wanted:
         say(f"export {name}: done before, skipped")
         return
     trainer = Trainer.make(config, record["steps"], with_sources=False)
@@ -73,5 +72,5 @@ def export_run(config: Config, name: str) -> None:
     hf_config, _ = models.read_config(source)
     model = trainer.model(state)
     hf.save(model, hf_config, folder / "export", tokenizer_from=source, dtype=export_dtype(config))
-    store.write_atomically(marker, json.dumps(wanted))
+    store.write_atomically(folder / "export" / hf.MARKER, json.dumps(wanted))
     say(f"export {name}: {folder / 'export'}")

@@ -1,14 +1,12 @@
 """The runs of a job: which there are, where each lives, and what its result depends on."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import fusejax
 from fusejax import corpus, models, paths, store, tokenizers
 from fusejax.config import Config
-from fusejax.errors import UserError
 from fusejax.source_cache import SourceCache
 
 # Keys that change a result by rounding at most: a run may go on with others.
@@ -89,13 +87,9 @@ def code_fingerprint() -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    path = folder / "training.json"
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path}: is damaged; set checkpoint.resume=false to train anew") from None
+    """What is known of a run: "inputs", "done" and, where it is, "steps" and "throughput"; None before its start."""
+    remedy = "set checkpoint.resume=false to train anew"
+    return store.read_object(folder / "training.json", {"inputs": dict, "done": bool}, remedy)
 
 
 def forget(folder: Path) -> None:

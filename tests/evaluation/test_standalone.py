@@ -57,6 +57,7 @@ def test_the_command(tiny_models, corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--corpus", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--corpus", ""], "--corpus: path: String should have at least 1 character"),
     (["--max-length", "0"], "--max-length: 0 should be at least 1"),
     (["--max-length", "16", "--stride", "20"], "stride: 20 should be between 1 and the 16"),
     (["--text-key", "body"], "body"),
@@ -110,6 +111,16 @@ def test_options_that_would_do_nothing_are_refused(capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    ("", "evaluate: model: String should have at least 1 character"),
+    ("s3://bucket/model", "evaluate: model: s3://bucket/model is in a bucket"),
+])  # fmt: skip
+def test_what_can_be_no_model(corpus, capsys, model, message):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", model, "--corpus", str(corpus)])
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_given_twice_is_refused(tiny_models, corpus, capsys):

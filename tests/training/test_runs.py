@@ -106,6 +106,15 @@ def test_done_is_skipped_and_other_settings_are_refused(job, capsys):
     assert metrics.read(config.folder)[0]["learning_rate"] > 0.1
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"inputs": 3, "done": true}'])
+def test_a_damaged_record_is_one_line(make_job, text):
+    config = make_job()
+    config.folder.mkdir(exist_ok=True)
+    (config.folder / "training.json").write_text(text)
+    with pytest.raises(UserError, match=r"training.json: .*; set checkpoint.resume=false to train anew"):
+        training.read_record(config.folder)
+
+
 def test_a_run_made_before_a_key_existed_goes_on_under_its_default(job, capsys):
     config = job()
     training.train(config, "fused")
