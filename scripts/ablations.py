@@ -97,6 +97,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--svg", metavar="FILE", help="draw there what --points measured")
     parser.add_argument("--helper", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    for path in (options.markdown, options.json, options.svg):
+        if path is not None:
+            store.require_writable(path)
     for name in ("jobs", "points"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: should be at least 1")
@@ -110,7 +113,7 @@ def _helper(arguments: Sequence[str] | None) -> subprocess.Popen:
 
 def read_variants(options: argparse.Namespace, folder: Path) -> list[Variant]:
     """The variants of the file that are asked for. UserError where one is unknown, or makes no valid job."""
-    found = settings.read(options.variants)
+    found = {str(name): changes for name, changes in settings.read(options.variants).items()}
     unknown = [name for name in options.only or [] if name not in found]
     if unknown:
         names = " ".join(f"'{name}'" for name in found)

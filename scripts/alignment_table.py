@@ -45,8 +45,11 @@ def load(folder: Path, source_tok: Tokenizer) -> tuple[list[str], list[dict[str,
     """The texts and each one's rows. Raises UserError where they are not this tokenizer's."""
     try:
         texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").open(encoding="utf-8")]
-        saved = np.load(next(iter(sorted(folder.glob("*.npz")))))
-    except (OSError, StopIteration, KeyError, ValueError) as error:
+        archive = np.load(next(iter(sorted(folder.glob("*.npz")))))
+        saved = {key: archive[key] for key in ("offsets", "ids", "top_ids", "top_logprobs", "ce")}
+        if len(saved["offsets"]) != len(texts) + 1:
+            raise ValueError(f"{len(texts)} texts and offsets of {len(saved['offsets']) - 1}")
+    except (OSError, StopIteration, KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"{folder}: should hold texts.jsonl and one .npz with the source's rows ({error!r})") from None
     source_rows = []
     for text, start, stop in zip(texts, saved["offsets"][:-1], saved["offsets"][1:], strict=True):

@@ -63,5 +63,8 @@ def test_the_table_is_what_quality_says(script, folder, capsys):
 def test_rows_of_another_tokenizer_are_refused(script, folder):
     with pytest.raises(UserError, match="are not those"):
         script.load(folder, Tokenizer.load(str(folder / "sentencepiece")))
+    np.savez(folder / "rows.npz", offsets=np.zeros(2, int))
+    with pytest.raises(UserError, match=r"should hold texts\.jsonl .* \(KeyError\('ids "):
+        script.load(folder, Tokenizer.load(str(folder / "byte-level")))
     with pytest.raises(UserError, match=r"should hold texts\.jsonl"):
         script.load(folder / "byte-level", Tokenizer.load(str(folder / "byte-level")))

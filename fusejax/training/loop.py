@@ -31,13 +31,14 @@ def train(config: Config, name: str) -> None:
     """One run, from its latest checkpoint to its last step. Raises Resumable where SIGTERM came, all being saved."""
     folder, config = run_folder(config, name), run_config(config, name)
     inputs = run_inputs(config, name)
-    record = distributed.alone(f"train {name}", lambda: _begin(config, folder, inputs))
+    record = distributed.alone(f"train {name}", lambda: _earlier(config, folder, inputs))
     if record is not None and record["done"]:
         say(f"train {name}: done before, skipped")
         return
     with_sources = bool(config.sources) and name != "clm"
     batches = Batches(config, with_sources=with_sources)
     trainer = Trainer.make(config, batches.steps_total, with_sources)
+    distributed.alone(f"train {name}: begin", lambda: _begin(config, folder, inputs))  # all is known to be right
     started = time.monotonic()
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         summary = Loop(trainer, batches, checkpoints, folder, name).run()
@@ -47,17 +48,20 @@ def train(config: Config, name: str) -> None:
         store.write_atomically(folder / "training.json", json.dumps(done, indent=1))
 
 
-def _begin(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """What is known of an earlier start of the run, after checking that it is the same run."""
-    if not config.checkpoint.resume:
-        forget(folder)
-    record = read_record(folder)
+def _earlier(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of an earlier start of the run, if it is to go on; UserError where it is another run."""
+    record = read_record(folder) if config.checkpoint.resume else None
     if record is not None:
         remedy = "set checkpoint.resume=false to train anew, or choose another `output`"
         store.check_inputs(folder / "training.json", record["inputs"], inputs, remedy, settings.defaults(Config))
-    if record is None or not record["done"]:
-        store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
     return record
+
+
+def _begin(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
+    """Write down that the run has begun; what an earlier one left goes where it is not to go on."""
+    if not config.checkpoint.resume:
+        forget(folder)
+    store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
 
 
 class Loop:

@@ -101,6 +101,14 @@ def test_done_is_skipped_and_other_settings_are_refused(job, capsys):
     patient = watched.model_copy(update={"guard": config.guard.model_copy(update={"limit": 50})})
     training.train(patient, "fused")  # what is no part of the result is no other setting
     assert "train fused: done before, skipped" in capsys.readouterr().out
+    frozen = config.optimizer.model_copy(update={"frozen": ("nothing",)})
+    mistaken = config.model_copy(
+        update={"optimizer": frozen, "checkpoint": config.checkpoint.model_copy(update={"resume": False})}
+    )
+    with pytest.raises(UserError, match=r"optimizer.frozen: 'nothing' names no parameter"):
+        training.train(mistaken, "fused")
+    assert (config.folder / "metrics.jsonl").read_bytes() == before  # a mistake costs no earlier run
+    assert (config.folder / "checkpoints").is_dir()
     anew = other.model_copy(update={"checkpoint": other.checkpoint.model_copy(update={"resume": False})})
     training.train(anew, "fused")
     assert metrics.read(config.folder)[0]["learning_rate"] > 0.1
