@@ -9,7 +9,8 @@ class Traffic(NamedTuple):
     """How often collectives of one kind run in one execution, and the bytes that each device sends for them.
 
     Bytes are those of a ring of n devices: of an array of s bytes in all, all-gather, reduce-scatter and all-to-all
-    send s (n-1)/n, all-reduce twice that, collective-permute s.
+    send s (n-1)/n, all-reduce twice that, collective-permute s. `between slices` is what a device hands to its host for
+    the data centre's network.
     """
 
     times: int
@@ -18,6 +19,10 @@ class Traffic(NamedTuple):
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+# Parts of one collective that overlaps with other work: its start, its steps and its end each name it.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+# What leaves a TPU slice for another goes through its host.
+_SENT_TO_SLICES = re.compile(r"= (.*?) send\(.*_xla_megascale")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _CALLS = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.\-, %]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -38,14 +43,22 @@ def collectives(text: str) -> dict[str, Traffic]:
     partitions = _PARTITIONS.search(text[: text.find("\n")])
     devices = int(partitions.group(1)) if partitions else 1
     totals: dict[str, Traffic] = {}
+    chains: set[str] = set()
+
+    def add(kind: str, size: int, times: int) -> None:
+        before = totals.get(kind, Traffic(0, 0))
+        totals[kind] = Traffic(before.times + times, before.bytes + times * size)
 
     def visit(name: str, times: int) -> None:
         for line in computations.get(name, ()):
-            found = _COLLECTIVE.search(line)
+            found, between = _COLLECTIVE.search(line), _SENT_TO_SLICES.search(line)
+            if between:
+                add("between slices", _bytes(between.group(1), started=True), times)
             if found:
-                kind, size = _sent(found, line, devices, scattered="all-reduce-scatter" in name)
-                before = totals.get(kind, Traffic(0, 0))
-                totals[kind] = Traffic(before.times + times, before.bytes + times * size)
+                chain = _CHAIN.search(line)
+                if chain is None or chain.group(1) not in chains:
+                    add(*_sent(found, line, devices, scattered="all-reduce-scatter" in name), times)
+                chains.update(chain.groups() if chain else ())
                 continue
             trips = _trips(line, computations) if "body=" in line else 1
             for called in _CALLS.findall(line):

@@ -64,6 +64,40 @@ def test_counted_as_often_as_their_loop_runs():
     }
 
 
+OVERLAPPED = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%start (p.1: bf16[1,64]) -> (bf16[1,64], bf16[4,64]) {
+  %g.1 = bf16[4,64]{1,0} all-gather(%p.1), channel_id=5, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+}
+
+%step (p.2: bf16[1,64]) -> (bf16[8,8], bf16[4,64]) {
+  %g.2 = bf16[4,64]{1,0} all-gather(%p.2), channel_id=5, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+}
+
+%end (p.3: bf16[1,64]) -> bf16[4,64] {
+  %g.3 = bf16[4,64]{1,0} all-gather(%p.3), channel_id=5, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+}
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %async-collective-start = (bf16[1,64]{1,0}, bf16[4,64]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %product = (bf16[8,8]{1,0}, bf16[4,64]{1,0}) fusion(%x), kind=kOutput, calls=%step
+  %async-collective-done = bf16[4,64]{1,0} fusion(%x), kind=kCustom, calls=%end
+  %other = bf16[4,64]{1,0} all-gather(%y), channel_id=6, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+}
+
+ENTRY %main (p0: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %send = (f32[10,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%z, %after), channel_id=7, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+def test_parts_of_an_overlapped_collective_are_one():
+    """A TPU's all-gather beside a product stands there three times; another slice is reached by a send to the host."""
+    assert collectives(OVERLAPPED) == {"all-gather": (6, 6 * 4 * 64 * 2 * 3 // 4), "between slices": (1, 320)}
+
+
 # A loop over 5 matrices [64, 64] that 4 devices split; their gradients are summed over all 8 and split again.
 PROGRAM = """
 import jax, jax.numpy as jnp
