@@ -14,8 +14,6 @@ import numpy as np
 from fusejax.errors import UserError
 
 WHOLE_UP_TO = 512  # queries; more are done in blocks
-QUERY_BLOCK = 256
-PARTS = 4  # of a row, each with a program of its own
 
 
 def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
@@ -165,7 +163,9 @@ def attend(
         )
     if query_BQNK.shape[1] <= WHOLE_UP_TO:
         return attend_xla(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
-    return attend_blockwise(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
+    from fusejax.models import attention_blocks
+
+    return attention_blocks.attend_blockwise(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
 
 
 def choose(query_BLNK: jax.Array, tokens: Tokens, features: Features, backend: Backend) -> str:
@@ -234,64 +234,3 @@ def attend_xla(
     weights_BGRQS = jax.nn.softmax(scores_BGRQS, axis=-1).astype(query_BQNK.dtype)
     mixed_BGRQK = jnp.einsum("bgrqs,bgsk->bgrqk", weights_BGRQS, value_BGSK)
     return mixed_BGRQK.transpose(0, 3, 1, 2, 4).reshape(B, Q, N, K)
-
-
-def attend_blockwise(
-    query_BQNK: jax.Array,
-    key_BSGK: jax.Array,
-    value_BSGK: jax.Array,
-    queries: Tokens,
-    keys: Tokens,
-    features: Features,
-    block: int = QUERY_BLOCK,
-) -> jax.Array:
-    """`attend_xla`, `block` queries at a time, so that the scores take B N block S floats and not B N Q S.
-
-    The backward pass makes each block's scores anew. Where the queries stand where the keys stand, the row is done in
-    up to `PARTS` parts, each over the keys up to its end only: 5/8 of the work at 4 parts.
-    """
-    n = query_BQNK.shape[1]
-    size = -(-n // (PARTS * block)) * block
-    if queries is not keys or size >= n:
-        return _attend_blocks(query_BQNK, key_BSGK, value_BSGK, queries, keys, features, block)
-
-    def tokens(start: int, stop: int) -> Tokens:
-        return jax.tree.map(lambda array: array[..., start:stop], queries)
-
-    parts: list[jax.Array] = []
-    for start in range(0, n, size):
-        query_part = query_BQNK[:, start : start + size]
-        if parts:  # one after another: else the scores of several would be held at the same time
-            query_part, parts[-1] = jax.lax.optimization_barrier((query_part, parts[-1]))
-        stop = start + size
-        keys_part, values_part = key_BSGK[:, :stop], value_BSGK[:, :stop]
-        here = tokens(start, stop), tokens(0, stop)
-        parts.append(_attend_blocks(query_part, keys_part, values_part, *here, features, block))
-    return jnp.concatenate(parts, axis=1)
-
-
-def _attend_blocks(
-    query_BQNK: jax.Array,
-    key_BSGK: jax.Array,
-    value_BSGK: jax.Array,
-    queries: Tokens,
-    keys: Tokens,
-    features: Features,
-    block: int,
-) -> jax.Array:
-    B, Q, N, K = query_BQNK.shape
-    n_blocks = -(-Q // block)
-
-    def split(array: jax.Array, axis: int) -> jax.Array:
-        # The rows that fill up the last block stand where the last row stands, so that they see something.
-        widths = [(0, n_blocks * block - Q if at == axis else 0) for at in range(array.ndim)]
-        padded = jnp.pad(array, widths, mode="edge")
-        return jnp.moveaxis(padded.reshape(*array.shape[:axis], n_blocks, block, *array.shape[axis + 1 :]), axis, 0)
-
-    @jax.checkpoint
-    def mix(rows: tuple[jax.Array, Tokens]) -> jax.Array:
-        return attend_xla(rows[0], key_BSGK, value_BSGK, rows[1], keys, features)
-
-    blocks = split(query_BQNK, 1), jax.tree.map(lambda array: split(array, array.ndim - 1), queries)
-    mixed = jnp.moveaxis(jax.lax.map(mix, blocks), 0, 1)
-    return mixed.reshape(B, n_blocks * block, N, K)[:, :Q]

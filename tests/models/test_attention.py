@@ -9,7 +9,7 @@ import pytest
 
 from fusejax import models
 from fusejax.errors import UserError
-from fusejax.models import attention, attention_kernels
+from fusejax.models import attention, attention_blocks, attention_kernels
 from fusejax.models.attention import Alibi, Backend, Features, Tokens
 
 B, L, N, G, K = 2, 130, 4, 2, 16  # no multiple of any kernel's or block's size
@@ -30,7 +30,7 @@ FEATURES = {
 
 IMPLEMENTATIONS = {
     "xla": lambda q, k, v, tokens, features: attention.attend_xla(q, k, v, tokens, tokens, features),
-    "blockwise": lambda q, k, v, tokens, f: attention.attend_blockwise(q, k, v, tokens, tokens, f, block=32),
+    "blockwise": lambda q, k, v, tokens, f: attention_blocks.attend_blockwise(q, k, v, tokens, tokens, f, block=32),
     "splash": lambda q, k, v, tokens, f: attention_kernels.splash(q, k, v, tokens, f, interpret=True),
 }
 
