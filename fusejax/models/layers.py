@@ -1,5 +1,6 @@
 """The parts of a decoder's layer. Shapes are those of `fusejax.models.decoder`; E experts, of which a token takes T."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,7 +80,11 @@ class Linear(nnx.Module):
         self.bias = declare(shape[n_in:], axes[n_in:], "zeros") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.n_in)
+        kernel, kept = self.kernel[...].astype(x.dtype), x.ndim - self.n_in
+        width = math.prod(kernel.shape[: self.n_in])
+        # As one product of two matrices: of more dimensions XLA transposes whole gradients on CPUs.
+        y = x.reshape(math.prod(x.shape[:kept]), width) @ kernel.reshape(width, -1)
+        y = y.reshape(*x.shape[:kept], *kernel.shape[self.n_in :])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
