@@ -80,7 +80,7 @@ def test_data_goes_over_two_slices(devices, plan, small_job):
     # Each device's quarter of the gradients goes from slice to slice, in 2 or 4 bytes.
     parameters = models.count_parameters(models.decoder_config(SMALL))
     sent = found["stages"][0]["collectives"]["between slices"]["bytes"]
-    assert parameters * 2 / 4 <= sent <= 1.01 * parameters * 4 / 4
+    assert parameters * 2 / 4 <= sent <= 1.1 * parameters * 4 / 4
 
 
 @pytest.mark.parametrize("changes", [["lora={rank: 4}"], ["optimizer.frozen=[embedding, blocks.0]"]])
