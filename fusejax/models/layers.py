@@ -1,6 +1,5 @@
 """The parts of a decoder's layer. Shapes are those of `fusejax.models.decoder`; E experts, of which a token takes T."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,11 +79,7 @@ class Linear(nnx.Module):
         self.bias = declare(shape[n_in:], axes[n_in:], "zeros") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, kept = self.kernel[...].astype(x.dtype), x.ndim - self.n_in
-        width = math.prod(kernel.shape[: self.n_in])
-        # As one product of two matrices: of more dimensions XLA transposes whole gradients on CPUs.
-        y = x.reshape(math.prod(x.shape[:kept]), width) @ kernel.reshape(width, -1)
-        y = y.reshape(*x.shape[:kept], *kernel.shape[self.n_in :])
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.n_in)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -233,13 +228,19 @@ class Block(nnx.Module):
         normed = x_BLD if c.norm_position == "post" else self.attention_norm(x_BLD)
         mixed, own = self.attention(normed, context, layer)
         if self.mlp_norm is None or c.parallel_residual:
-            return x_BLD + mixed + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x_BLD)), own
+            return x_BLD + mixed + self._feed(normed if self.mlp_norm is None else self.mlp_norm(x_BLD), context), own
         if c.norm_position == "both":
             x_BLD += self.attention_out_norm(mixed)
-            return x_BLD + self.mlp_out_norm(self.mlp(self.mlp_norm(x_BLD))), own
+            return x_BLD + self.mlp_out_norm(self._feed(self.mlp_norm(x_BLD), context)), own
         if c.norm_position == "post":
             x_BLD = self.attention_norm(x_BLD + mixed)
-            return self.mlp_norm(x_BLD + self.mlp(x_BLD)), own
+            return self.mlp_norm(x_BLD + self._feed(x_BLD, context)), own
         x_BLD = (normed if c.residual_after_norm else x_BLD) + mixed
         normed = self.mlp_norm(x_BLD)
-        return (normed if c.residual_after_norm else x_BLD) + self.mlp(normed), own
+        return (normed if c.residual_after_norm else x_BLD) + self._feed(normed, context), own
+
+    def _feed(self, x_BLD: jax.Array, context: Context) -> jax.Array:
+        if context.backend.device.platform != "cpu":
+            return self.mlp(x_BLD)
+        # As one matrix: of three dimensions XLA transposes the gradients of the wide inner layer on CPUs.
+        return self.mlp(x_BLD.reshape(-1, x_BLD.shape[-1])).reshape(x_BLD.shape)
