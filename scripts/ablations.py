@@ -15,11 +15,12 @@ With --jobs N so many processes work at once; on one GPU set XLA_PYTHON_CLIENT_M
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         align(variants)
     if options.align:
         return
-    helpers = [_helper(arguments) for _ in range(options.jobs - 1)]
     failed = []
-    for variant in variants:
-        try:
-            run(variant, options.points)
-        except UserError as error:  # a learning rate too high for one is no reason to leave the others
-            say(f"variant {variant.name}: {error}")
-            failed.append(variant.name)
-    failed += [f"process {helper.pid}" for helper in helpers if helper.wait()]
+    with ExitStack() as stack:
+        helpers = [stack.enter_context(ended(_helper(arguments))) for _ in range(options.jobs - 1)]
+        for variant in variants:
+            try:
+                run(variant, options.points)
+            except UserError as error:  # a learning rate too high for one is no reason to leave the others
+                say(f"variant {variant.name}: {error}")
+                failed.append(variant.name)
+        failed += [f"process {helper.pid}" for helper in helpers if helper.wait()]
     if not options.helper:
         write_table(base.folder, variants, options)
     if failed:
@@ -109,6 +111,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _helper(arguments: Sequence[str] | None) -> subprocess.Popen:
     given = list(sys.argv[1:] if arguments is None else arguments)
     return subprocess.Popen([sys.executable, __file__, *given, "--jobs", "1", "--helper"])
+
+
+@contextmanager
+def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive the block, also where SIGTERM ends it: it would go on with the accelerator."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield process
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.terminate()  # nothing, where it has ended
+        process.wait()
 
 
 def read_variants(options: argparse.Namespace, folder: Path) -> list[Variant]:

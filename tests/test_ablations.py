@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +102,12 @@ def test_mistakes_are_one_line(script, files, more, message):
     _, *paths = files
     with pytest.raises(UserError, match=message):
         script.main([*paths, *more])
+
+
+def test_sigterm_ends_the_helpers_too(script):
+    helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(SystemExit) as ended, script.ended(helper):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143
+    assert helper.poll() == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
