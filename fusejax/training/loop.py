@@ -21,15 +21,14 @@ from fusejax.training.state import Trainer
 
 def run(config: Config) -> None:
     """The stage `train`. Raises UserError where an earlier stage is missing or made from something else."""
-    if jax.process_index() == 0:
-        store.write_atomically(config.folder / "config.yaml", dump(config))
     for name in runs(config):
         train(config, name)
+    distributed.alone("train: settings", lambda: _note(config))  # where all was done before
 
 
 def train(config: Config, name: str) -> None:
     """One run, from its latest checkpoint to its last step. Raises Resumable where SIGTERM came, all being saved."""
-    folder, config = run_folder(config, name), run_config(config, name)
+    job, folder, config = config, run_folder(config, name), run_config(config, name)
     inputs = run_inputs(config, name)
     record = distributed.alone(f"train {name}", lambda: _earlier(config, folder, inputs))
     if record is not None and record["done"]:
@@ -38,7 +37,7 @@ def train(config: Config, name: str) -> None:
     with_sources = bool(config.sources) and name != "clm"
     batches = Batches(config, with_sources=with_sources)
     trainer = Trainer.make(config, batches.steps_total, with_sources)
-    distributed.alone(f"train {name}: begin", lambda: _begin(config, folder, inputs))  # all is known to be right
+    distributed.alone(f"train {name}: begin", lambda: _begin(job, folder, inputs))  # all is known to be right
     started = time.monotonic()
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         summary = Loop(trainer, batches, checkpoints, folder, name).run()
@@ -57,9 +56,15 @@ def _earlier(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, 
     return record
 
 
-def _begin(config: Config, folder: Path, inputs: dict[str, Any]) -> None:
+def _note(job: Config) -> None:
+    """Write down the settings, which are those of what is there."""
+    store.write_atomically(job.folder / "config.yaml", dump(job))
+
+
+def _begin(job: Config, folder: Path, inputs: dict[str, Any]) -> None:
     """Write down that the run has begun; what an earlier one left goes where it is not to go on."""
-    if not config.checkpoint.resume:
+    _note(job)
+    if not job.checkpoint.resume:
         forget(folder)
     store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
 

@@ -91,12 +91,14 @@ def test_done_is_skipped_and_other_settings_are_refused(job, capsys):
     config = job()
     training.train(config, "fused")
     before = (config.folder / "metrics.jsonl").read_bytes()
+    settings = (config.folder / "config.yaml").read_bytes()
     training.train(config, "fused")
     assert "train fused: done before, skipped" in capsys.readouterr().out
     assert (config.folder / "metrics.jsonl").read_bytes() == before
     other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 0.5})})
     with pytest.raises(UserError, match=r"optimizer.learning_rate \(0.003 there, 0.5 now\).*checkpoint.resume=false"):
-        training.train(other, "fused")
+        training.run(other)
+    assert (config.folder / "config.yaml").read_bytes() == settings  # those of what is there
     watched = config.model_copy(update={"loss": config.loss.model_copy(update={"model_entropy": True})})
     patient = watched.model_copy(update={"guard": config.guard.model_copy(update={"limit": 50})})
     training.train(patient, "fused")  # what is no part of the result is no other setting
