@@ -46,6 +46,8 @@ def cause(text: str) -> str:
         return f"process {names} is gone (it sends no signs of life any more)"
     if "RegisterTask" in text:
         return "not all processes came in time"
+    if "CoordinationService/Heartbeat" in text:  # its host is off, or the network to it
+        return "process 0 is gone (it does not answer any more)"
     if "leader task" in text or "Socket closed" in text:
         return "process 0 is gone (its connection is closed)"
     return "another process failed"

@@ -145,6 +145,7 @@ def test_half_told_is_an_error():
             "process 1, 3 is",
         ),
         ("F1 fatal DEADLINE\n\nRPC: /xla.coordination.CoordinationService/RegisterTask", "not all processes came"),
+        ("F1 fatal DEADLINE\n\nRPC: /xla.coordination.CoordinationService/Heartbeat", "process 0 is gone (it does not"),
         ("Either the leader task was preempted", "process 0 is gone"),
     ],
 )
