@@ -27,7 +27,7 @@ from typing import Any
 
 from fusejax import cli, config, metrics, settings, store
 from fusejax.config import Config
-from fusejax.errors import UserError
+from fusejax.errors import Resumable, UserError
 from fusejax.progress import say
 
 # Metrics of which a result keeps the mean over all steps, and those of which it keeps every step.
@@ -233,7 +233,10 @@ def train(job: Config, points: int) -> dict[str, Any]:
     job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": every})})
     trainer = Trainer.make(job, batches.steps_total, with_sources=bool(job.sources))
     measured = Points(lambda state: measure(job, trainer.model(state)))
-    throughput = Loop(trainer, batches, measured, job.folder, job.folder.name).run()
+    try:
+        throughput = Loop(trainer, batches, measured, job.folder, job.folder.name).run()
+    except Resumable:  # its line is of what training saves
+        raise Resumable(f"variant {job.folder.name}: SIGTERM; the same command begins this variant anew") from None
     history = metrics.read(job.folder)
     seen, tokens = 0.0, {}
     for line in history:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fusejax import alignment, config, evaluation, sources, training
-from fusejax.errors import UserError
+from fusejax.batches import Batches
+from fusejax.errors import Resumable, UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts/ablations.py"
 VARIANTS = """
@@ -111,3 +112,17 @@ def test_sigterm_ends_the_helpers_too(script):
     assert ended.value.code == 143
     assert helper.poll() == -signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_in_training_says_that_nothing_is_saved(script, files, monkeypatch):
+    job, *paths = files
+    fetch = Batches.batch
+
+    def batch(self, *step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(self, *step)
+
+    monkeypatch.setattr(Batches, "batch", batch)
+    with pytest.raises(Resumable, match="variant clm: SIGTERM; the same command begins this variant anew"):
+        script.main([*paths, "--only", "clm"])
+    assert not (job.folder / "ablations/clm/result.json").exists()

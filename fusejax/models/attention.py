@@ -5,6 +5,7 @@ features of a head.
 """
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -135,6 +136,13 @@ class Backend(NamedTuple):
         """One of the devices that the program is for; they need not be here."""
         return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
 
+    @property
+    def cores(self) -> int:
+        """How many cores the program has where it is for one device and that is a CPU, else 0."""
+        if self.device.platform != "cpu" or (self.mesh is not None and self.mesh.size > 1):
+            return 0
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 AUTO = Backend()
 
@@ -165,6 +173,8 @@ def attend(
         return attend_xla(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
     from fusejax.models import attention_blocks
 
+    if queries is keys and features.alibi is None and 0 < backend.cores < query_BQNK.shape[0] * key_BSGK.shape[2]:
+        return attention_blocks.attend_by_head(query_BQNK, key_BSGK, value_BSGK, queries, features, backend.cores)
     return attention_blocks.attend_blockwise(query_BQNK, key_BSGK, value_BSGK, queries, keys, features)
 
 

@@ -18,6 +18,38 @@ QUERY_BLOCK = 128
 PARTS = 4  # of a row, each with a program of its own
 
 
+def attend_by_head(
+    query_BQNK: jax.Array,
+    key_BSGK: jax.Array,
+    value_BSGK: jax.Array,
+    tokens: Tokens,
+    features: Features,
+    at_once: int,
+    block: int = QUERY_BLOCK,
+) -> jax.Array:
+    """`attend_blockwise` of `at_once` pairs of a row and a key head after another.
+
+    With a pair for each core of a CPU the scores of a block stay in that core's own cache. Neither rows nor heads may
+    lie on several devices, and `features` may have no ALiBi, whose slopes are of all heads.
+    """
+    B, L, N, K = query_BQNK.shape
+    G = key_BSGK.shape[2]
+
+    def pair(heads: tuple[jax.Array, ...], places: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        query_1LRK, key_1L1K, value_1L1K = (array[None] for array in heads)
+        here = Tokens(tokens.index_L, *places)
+        return attend_blockwise(query_1LRK, key_1L1K, value_1L1K, here, here, features, block)[0]
+
+    def place(array_BL: jax.Array) -> jax.Array:
+        return jnp.repeat(jnp.broadcast_to(array_BL, (B, L)), G, axis=0)[:, None]
+
+    query_PLRK = query_BQNK.reshape(B, L, G, N // G, K).transpose(0, 2, 1, 3, 4).reshape(B * G, L, N // G, K)
+    key_PL1K, value_PL1K = (x.transpose(0, 2, 1, 3).reshape(B * G, L, 1, K) for x in (key_BSGK, value_BSGK))
+    places = jax.tree.map(place, (tokens.positions_BL, tokens.segments_BL))
+    mixed = jax.lax.map(lambda of: pair(*of), ((query_PLRK, key_PL1K, value_PL1K), places), batch_size=at_once)
+    return mixed.reshape(B, G, L, N // G, K).transpose(0, 2, 1, 3, 4).reshape(B, L, N, K)
+
+
 def attend_blockwise(
     query_BQNK: jax.Array,
     key_BSGK: jax.Array,

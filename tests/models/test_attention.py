@@ -31,6 +31,7 @@ FEATURES = {
 IMPLEMENTATIONS = {
     "xla": lambda q, k, v, tokens, features: attention.attend_xla(q, k, v, tokens, tokens, features),
     "blockwise": lambda q, k, v, tokens, f: attention_blocks.attend_blockwise(q, k, v, tokens, tokens, f, block=32),
+    "by head": lambda q, k, v, tokens, f: attention_blocks.attend_by_head(q, k, v, tokens, f, at_once=3, block=32),
     "splash": lambda q, k, v, tokens, f: attention_kernels.splash(q, k, v, tokens, f, interpret=True),
 }
 
@@ -58,20 +59,31 @@ def by_definition(query, key, value, features):
     return out
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", FEATURES)
-def test_the_definition(case, implementation):
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [
+        (name, case)
+        for name in IMPLEMENTATIONS
+        for case in FEATURES
+        if name != "by head" or FEATURES[case].alibi is None
+    ],
+)
+def test_the_definition(implementation, case):
     features, run = FEATURES[case], IMPLEMENTATIONS[implementation]
     got = run(*arrays(), TOKENS, features)
     np.testing.assert_allclose(got, by_definition(*arrays(), features), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "splash"])
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=() if case in ("alibi", "window-softcap") else pytest.mark.slow) for case in FEATURES],
+    ("implementation", "case"),
+    [
+        pytest.param(name, case, marks=() if case in ("alibi", "window-softcap") else pytest.mark.slow)
+        for name in ("blockwise", "by head", "splash")
+        for case in FEATURES
+        if name != "by head" or FEATURES[case].alibi is None
+    ],
 )
-def test_gradients_of_the_reference(case, implementation):
+def test_gradients_of_the_reference(implementation, case):
     def gradients(run):
         def loss(*args):
             return jnp.sin(run(*args, TOKENS, FEATURES[case])).sum()
@@ -206,3 +218,27 @@ def test_forced_in_a_model(tiny_models):
     model = models.load(tiny_models["coarse"], attention="splash")
     with pytest.raises(UserError, match="splash runs on TPUs"):
         model.hidden(jnp.zeros((1, 8), jnp.int32))
+
+
+@pytest.mark.parametrize("cores", [0, 1, 4, 5])
+@pytest.mark.parametrize("segments", [True, False])
+def test_long_rows_on_any_number_of_cores(monkeypatch, cores, segments):
+    monkeypatch.setattr(Backend, "cores", cores)  # 5: more than the 2 x 2 pairs of row and key head
+    rng, length = np.random.default_rng(0), attention.WHOLE_UP_TO + 40
+    heads = [jnp.asarray(rng.normal(size=(2, length, n, 8)), jnp.float32) for n in (N, G, G)]
+    ids = jnp.asarray(rng.integers(0, 2, (2, length)).cumsum(1) // 30, jnp.int32)
+    tokens = Tokens.of(jnp.arange(length)[None], ids if segments else None)
+
+    def both(attend):
+        out, back = jax.vjp(lambda *args: attend(*args, tokens, tokens, Features(0.3, window=200)), *heads)
+        return out, *back(jnp.cos(out))
+
+    for got, wanted in zip(both(attention.attend), both(attention.attend_xla), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+def test_cores_of_one_cpu_alone():
+    assert Backend().cores >= 1
+    several = SimpleNamespace(devices=np.array(jax.devices() * 2, object), size=2)
+    assert Backend("auto", several).cores == 0
+    assert on("tpu").cores == 0
