@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib.util
 import io
 import logging
 import os
@@ -53,7 +54,7 @@ def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str
     except UserError as error:
         _end(f"error: {error}", 2)
     except Resumable as error:
-        _end(f"stopped: {error}", Resumable.STATUS)
+        _end(f"stopped: {error}", error.STATUS)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -182,6 +183,10 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _command(arguments: Sequence[str] | None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments[:1]) == ["lm-eval"]:  # what follows is the harness's to read
+        if {"-h", "--help"} & set(arguments) and importlib.util.find_spec("lm_eval") is None:
+            print("usage: fusejax lm-eval --model fusejax --model_args path=FOLDER --tasks TASK[,TASK]\n")
+            print("The command line of lm-evaluation-harness, which is not installed: pip install 'fusejax[lm-eval]'")
+            return
         from fusejax.evaluation import harness
 
         harness.main(arguments[1:])

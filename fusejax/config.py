@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from fusejax import paths, rules, settings
+from fusejax.errors import UserError
 from fusejax.merge_keys import MergeKeys
 from fusejax.settings import Section
 
@@ -378,6 +379,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     `output` defaults to runs/NAME for NAME.yaml. Raises UserError with one line that names the file and the key.
     """
     values = settings.read(path, overrides)
+    if not {"target", "sources", "corpus"} & set(values):
+        hint = f"`fusejax merge {path}` takes it" if "method" in values else "a job has `target`, `corpus` and others"
+        raise UserError(f"{path}: this is not a job's configuration; {hint}")
     values.setdefault("output", f"runs/{Path(path).stem}")
     return validate(values, where=str(path))
 

@@ -17,3 +17,9 @@ class Resumable(Exception):
     """
 
     STATUS = 75
+
+
+class Interrupted(Resumable):
+    """The same by Ctrl-C."""
+
+    STATUS = 130

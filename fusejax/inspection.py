@@ -77,6 +77,9 @@ def _show_row(store: Store, record: int, row: int | None) -> None:
     kept = float(np.exp(rows["logprobs"][row]).sum())
     table.add_row("all others", "", f"{max(1 - kept, 0.0):.4f}")
     console.print(table)
+    if tokenizer is None:
+        model = store.summary.get("model", "this cache")
+        say(f"tokens are not spelled: the tokenizer of {model} is not to be found from here")
 
 
 def _tokenizer(store: Store) -> Tokenizer | None:

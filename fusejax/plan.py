@@ -35,11 +35,11 @@ def known_shape(model: ModelConfig) -> tuple[models.DecoderConfig | None, str]:
     """(the shape of a model, None where it is not known without asking a hub; how it is known)."""
     folder = preflight.folder_of(model)
     if folder is not None:
-        return models.read_config(folder)[1], "its config.json"
+        return models.read_config(folder)[1], "by its config.json"
     if model.model.startswith((".", "/", "~")):
         raise UserError(f"{model.model}: no such folder")
     keys = published.CONFIGS.get(model.model)
-    return (models.decoder_config(keys, model.model), "its published sizes") if keys else (None, "")
+    return (models.decoder_config(keys, model.model), "by its published sizes") if keys else (None, "")
 
 
 def model_size(model: ModelConfig) -> Size:
@@ -47,10 +47,10 @@ def model_size(model: ModelConfig) -> Size:
     shape, known_by = known_shape(model)
     if shape is not None:
         return Size(models.count_parameters(shape), shape.vocab_size, known_by)
-    found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", model.model.lower())
+    found = re.search(r"(?<![\d.x])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", model.model.lower())
     if not found:
         return Size(float("nan"), 65536, "unknown until it is fetched")
-    return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 65536, "its name")
+    return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 65536, "by its name")
 
 
 def corpus_tokens(config: Config) -> tuple[float, str]:
@@ -97,8 +97,10 @@ def show(config: Config) -> None:
     sources = [(source, model_size(source)) for source in config.sources]
     batch = config.batch.sequences * config.max_length
     steps = config.batch.steps or max(1.0, tokens / batch) * config.batch.epochs
+    at_least = "" if config.batch.steps else "at least "  # documents do not fill every sequence
     say(f"tokens of the corpus: {readable_number(tokens)} ({tokens_known_by})")
-    say(f"training: {readable_number(steps)} steps of {config.batch.sequences} sequences x {config.max_length} tokens")
+    shape = f"{config.batch.sequences} sequences x {config.max_length} tokens"
+    say(f"training: {at_least}{readable_number(steps)} steps of {shape}")
 
     table = Table("stage", "work", "disk")
     total = 0.0
@@ -115,7 +117,7 @@ def show(config: Config) -> None:
     )
     for source, size in sources:
         what = f"{config.cache.rounds} draws" if config.cache.kind == "sampled" else f"top-{top_k(config, source)}"
-        work = f"{readable_number(size.parameters)} parameters (by {size.known_by}), {what}"
+        work = f"{readable_number(size.parameters)} parameters ({size.known_by}), {what}"
         row(f"source {source.label}", work, tokens * cached_bytes(config, source, size.vocab))
     for source, _ in sources:
         row(

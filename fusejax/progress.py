@@ -28,6 +28,7 @@ class Bar:
         self._title, self._total, self._bar = title, total, bar
         self._done, self._note = 0, ""
         self._start = self._last_line = time.monotonic()
+        self._steady: tuple[float, int] | None = None  # when the first line came, and what was done: compiled by then
         self._task = bar.add_task(title, total=total or None, note="") if bar else None
 
     def advance(self, n: int = 1, note: str = "") -> None:
@@ -43,10 +44,13 @@ class Bar:
         return bool(self._total) and self._done >= self._total
 
     def _line(self) -> None:
-        elapsed = time.monotonic() - self._start
-        left = elapsed / self._done * (self._total - self._done) if self._done else 0.0
-        known = self._total and not self._finished
-        when = f"{elapsed:.0f} s, {left:.0f} s left" if known else f"{elapsed:.1f} s"
+        now = time.monotonic()
+        when = f"{now - self._start:.1f} s" if self._finished or not self._total else f"{now - self._start:.0f} s"
+        if self._steady is None:
+            self._steady = now, self._done
+        elif not self._finished and self._total and self._done > self._steady[1]:
+            since, before = self._steady
+            when += f", {(now - since) / (self._done - before) * (self._total - self._done):.0f} s left"
         of = f"/{self._total}" if self._total else ""
         print(f"{self._title}: {self._done}{of} [{when}] {self._note}".rstrip(), flush=True)
 

@@ -126,7 +126,12 @@ def show(report: dict[str, Any]) -> None:
         console.print(table)
     won = alignment_report.rows_won(report)
     if won:
-        table = Table("source", "rows aligned", "rows won", title="alignment and fusion")
+        rest = None
+        if "fused" in report["training"]:
+            rest = (
+                f"{100 * max(0.0, 1 - sum(won.values())):.1f}% of the rows were won by none: no source has a row there"
+            )
+        table = Table("source", "rows aligned", "rows won", title="alignment and fusion", caption=rest)
         for name, share in won.items():
             table.add_row(name, f"{100 * report['alignment'][name]['share']:.1f}%", f"{100 * share:.1f}%")
         console.print(table)

@@ -100,12 +100,15 @@ def writing_failed(path: str | os.PathLike, error: Exception, remedy: str = "") 
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Hold an output folder: UserError where another job writes to it. A job's death lets go of it.
 
+    A folder that was not there and in which nothing came to lie is gone again afterwards.
+
     One in a bucket, where nothing can be held, is only seen to be within reach.
     """
     if paths.is_remote(folder):
         paths.check(paths.at(folder))
         yield
         return
+    made = not Path(folder).exists()
     path = make_folder(folder) / ".lock"
     try:
         file = path.open("a+")
@@ -124,7 +127,12 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and os.listdir(folder) == [path.name]:
+                path.unlink()
+                Path(folder).rmdir()
 
 
 def require_space(folder: str | os.PathLike, size: int) -> None:

@@ -53,6 +53,8 @@ def _refuse_missing(model: str) -> None:
     """UserError where a local folder holds no tokenizer at all."""
     folder = Path(model).expanduser()
     if folder.is_dir() and not has_files(folder):
+        if (folder / "export/config.json").is_file():
+            raise UserError(f"{model}: this is the folder of a job; the model that it made is {model}/export")
         raise UserError(
             f"{model}: this folder holds no tokenizer; put the model's tokenizer.json (or tokenizer.model) there"
         )

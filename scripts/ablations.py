@@ -235,8 +235,8 @@ def train(job: Config, points: int) -> dict[str, Any]:
     measured = Points(lambda state: measure(job, trainer.model(state)))
     try:
         throughput = Loop(trainer, batches, measured, job.folder, job.folder.name).run()
-    except Resumable:  # its line is of what training saves
-        raise Resumable(f"variant {job.folder.name}: SIGTERM; the same command begins this variant anew") from None
+    except Resumable as error:  # its line is of what training saves
+        raise type(error)(f"variant {job.folder.name}; the same command begins this variant anew") from None
     history = metrics.read(job.folder)
     seen, tokens = 0.0, {}
     for line in history:

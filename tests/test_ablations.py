@@ -123,6 +123,6 @@ def test_sigterm_in_training_says_that_nothing_is_saved(script, files, monkeypat
         return fetch(self, *step)
 
     monkeypatch.setattr(Batches, "batch", batch)
-    with pytest.raises(Resumable, match="variant clm: SIGTERM; the same command begins this variant anew"):
+    with pytest.raises(Resumable, match="variant clm; the same command begins this variant anew"):
         script.main([*paths, "--only", "clm"])
     assert not (job.folder / "ablations/clm/result.json").exists()

@@ -104,11 +104,15 @@ def test_a_mistake_is_one_clear_line(path, override, message):
         (None, "no such configuration"),
         ("a: [", "line 1"),
         ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n", "bad.yaml: line 5: c is given twice, first in line 3"),
-        ("a: &x {c: 1}\nb: {<<: *x, c: 2}\n", "bad.yaml: unknown key a"),
+        ("a: &x {c: 1}\nb: {<<: *x, c: 2}\n", "bad.yaml: this is not a job's configuration; a job has"),
         ("a: 2024-13-45", "not valid YAML"),
         ("[" * 9999, "not valid YAML"),
         ("- 1", "key: value"),
         ("corpus: {path: x}", "target"),
+        (
+            "method: ties\nmodels: [a]",
+            "bad.yaml: this is not a job's configuration; `fusejax merge .*bad.yaml` takes it",
+        ),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, text, message):

@@ -211,3 +211,18 @@ def test_single_stages_refuse_before_they_write(tiny_models, tmp_path, command):
 def test_a_plan_may_be_made_on_another_machine(job, capsys):
     assert job(check=plan.show, kernels={"fusion_loss": "tpu"}) == ""
     assert "this machine cannot run the job: kernels.fusion_loss: 'tpu' needs a TPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "known_by"),
+    [
+        ("a/model-10.7B", 10.7e9, "by its name"),
+        ("a/small-270m-it", 270e6, "by its name"),
+        ("a/Mixtral-8x7B-DPO", None, "unknown until it is fetched"),
+        ("a/model", None, "unknown until it is fetched"),
+    ],
+)
+def test_sizes_by_name(name, parameters, known_by):
+    size = plan.model_size(config.ModelConfig(model=name))
+    assert size.known_by == known_by
+    assert size.parameters == parameters or (parameters is None and np.isnan(size.parameters))

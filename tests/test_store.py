@@ -147,8 +147,12 @@ def test_one_job_at_a_time(tmp_path):
     with store.locked(tmp_path / "out"), pytest.raises(UserError, match="another job"):  # noqa: SIM117
         with store.locked(tmp_path / "out"):
             pytest.fail("both hold it")
-    with store.locked(tmp_path / "out"):
-        pass
+    assert not (tmp_path / "out").exists()  # nothing came of it
+    (tmp_path / "mine").mkdir()
+    with store.locked(tmp_path / "out"), store.locked(tmp_path / "mine"):
+        (tmp_path / "out/file").write_text("x")
+    assert (tmp_path / "out/file").exists()
+    assert (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("below", ["", "/x"])

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fusejax import paths, settings
 from fusejax.config import CorpusConfig, ModelConfig
+from fusejax.errors import UserError
 from fusejax.merge_keys import NORMALIZED, SPARSE, WITH_BASE, MergeKeys
 
 
@@ -98,5 +99,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> MergeConfig:
     Raises UserError with one line that names the file and the key.
     """
     values = settings.read(path, overrides)
+    if "target" in values:
+        raise UserError(
+            f"{path}: this is the configuration of a job, not of a merge; `python train.py {path}` takes it"
+        )
     values.setdefault("output", f"merged/{Path(path).stem}")
     return settings.check(values, MergeConfig, str(path))

@@ -27,7 +27,7 @@ def run(config: Config) -> None:
 
 
 def train(config: Config, name: str) -> None:
-    """One run, from its latest checkpoint to its last step. Raises Resumable where SIGTERM came, all being saved."""
+    """One run, from its latest checkpoint to its last step. Raises Resumable, all being saved, where it was stopped."""
     job, folder, config = config, run_folder(config, name), run_config(config, name)
     inputs = run_inputs(config, name)
     record = distributed.alone(f"train {name}", lambda: _earlier(config, folder, inputs))
@@ -106,7 +106,7 @@ class Loop:
                         self._save(step + 1, state)
                     bar.advance(1, note)
                     if stop:
-                        self._leave(step + 1)
+                        raise self._stopped(step + 1, notice)
         finally:
             self._profile(None)
             if log is not None:
@@ -163,12 +163,10 @@ class Loop:
             jax.profiler.start_trace(self._folder / "profile")
             self._profiling = True
 
-    def _leave(self, step: int) -> None:
+    def _stopped(self, step: int, notice: preemption.Notice) -> Resumable:
         self._checkpoints.wait()
-        at = self._checkpoints.latest()
-        raise Resumable(
-            f"train {self._name}: SIGTERM at step {step} of {self._total}: saved at step {at}; the same command goes on"
-        )
+        saved = f"saved at step {self._checkpoints.latest()}; the same command goes on"
+        return notice.stop(f"train {self._name}", f"at step {step} of {self._total}: {saved}")
 
 
 def _stop_if_stuck(values: dict[str, float], step: int, trainer: Trainer, folder: Path) -> None:

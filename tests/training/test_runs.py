@@ -7,7 +7,7 @@ import pytest
 
 from fusejax import alignment, metrics, sharding, sources, training
 from fusejax.checkpoint import Checkpoints
-from fusejax.errors import Resumable, UserError
+from fusejax.errors import Interrupted, Resumable, UserError
 from fusejax.metrics import Metrics
 
 
@@ -189,8 +189,11 @@ def test_state_is_laid_out_as_the_parameters(job):
     assert all(leaf.sharding.mesh.axis_names == sharding.AXES for leaf in moments)
 
 
-@pytest.mark.parametrize("in_last_step", [False, True])
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(job, monkeypatch, in_last_step):
+@pytest.mark.parametrize(
+    ("number", "said", "kind", "in_last_step"),
+    [(signal.SIGTERM, "SIGTERM", Resumable, True), (signal.SIGINT, "Ctrl-C", Interrupted, False)],
+)
+def test_a_stopped_run_saves_and_goes_on_bit_for_bit(job, monkeypatch, number, said, kind, in_last_step):
     undisturbed, stopped = job("undisturbed"), job("stopped", checkpoint={"every": 100})
     training.train(undisturbed, "fused")
     total = len(metrics.read(undisturbed.folder))
@@ -200,11 +203,13 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(job, monkeypatch, in_last
     def write(self, step, values):
         real(self, step, values)
         if step == at - 1:  # metrics come a step late
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(Metrics, "write", write)
-    with pytest.raises(Resumable, match=f"SIGTERM at step {at} of {total}: saved at step {at}; the same command goes"):
+    line = f"{said} at step {at} of {total}: saved at step {at}; the same command goes"
+    with pytest.raises(Resumable, match=line) as ended:
         training.train(stopped, "fused")
+    assert type(ended.value) is kind
     monkeypatch.setattr(Metrics, "write", real)
     training.train(stopped, "fused")
     assert metrics.read(stopped.folder) == metrics.read(undisturbed.folder)
