@@ -4,6 +4,7 @@ Token counts come from the corpus where it is on this machine, else from `corpus
 the models' own configurations where they are here, else from the size in their names, and the plan says which.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import islice
@@ -97,7 +98,8 @@ def show(config: Config) -> None:
     sources = [(source, model_size(source)) for source in config.sources]
     batch = config.batch.sequences * config.max_length
     steps = config.batch.steps or max(1.0, tokens / batch) * config.batch.epochs
-    at_least = "" if config.batch.steps else "at least "  # documents do not fill every sequence
+    # Documents do not fill every sequence.
+    at_least = "" if config.batch.steps or math.isnan(tokens) else "at least "
     say(f"tokens of the corpus: {readable_number(tokens)} ({tokens_known_by})")
     shape = f"{config.batch.sequences} sequences x {config.max_length} tokens"
     say(f"training: {at_least}{readable_number(steps)} steps of {shape}")

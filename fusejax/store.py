@@ -130,9 +130,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and os.listdir(folder) == [path.name]:
-                path.unlink()
-                Path(folder).rmdir()
+            with contextlib.suppress(FileNotFoundError):  # somebody else removed it: no reason to hide why this ends
+                if made and os.listdir(folder) == [path.name]:
+                    path.unlink()
+                    Path(folder).rmdir()
 
 
 def require_space(folder: str | os.PathLike, size: int) -> None:

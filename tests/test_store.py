@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -148,6 +149,9 @@ def test_one_job_at_a_time(tmp_path):
         with store.locked(tmp_path / "out"):
             pytest.fail("both hold it")
     assert not (tmp_path / "out").exists()  # nothing came of it
+    with pytest.raises(UserError, match="why"), store.locked(tmp_path / "out"):
+        shutil.rmtree(tmp_path / "out")
+        raise UserError("why")
     (tmp_path / "mine").mkdir()
     with store.locked(tmp_path / "out"), store.locked(tmp_path / "mine"):
         (tmp_path / "out/file").write_text("x")
