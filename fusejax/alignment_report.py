@@ -55,7 +55,7 @@ def section(report: dict[str, Any]) -> str:
             'true next token, over the aligned rows, where a miss costs a finite sum; "unmapped": the same '
             "rows of the source, treated alike, on its own next tokens, so that the difference is the map's. The "
             "source's whole CE: of its whole distributions, on all its tokens (nats per byte).</p>",
-            f"<p>{html.escape(_counted(report))}</p>",
+            f"<p>{html.escape(won_by_none(report))} {html.escape(_counted(report))}</p>",
             wins_section(source_wins(report["alignment"])),
             *(_tokens(name, values["top_tokens"]) for name, values in report["alignment"].items()),
         ]
@@ -102,6 +102,14 @@ def rows_won(report: dict[str, Any]) -> dict[str, float]:
         return training["fused"].get("rows_won", {})
     pairs = {name: training.get(f"pair/{name}", {}).get("rows_won", {}) for name in report["alignment"]}
     return {name: won[name] for name, won in pairs.items() if name in won}
+
+
+def won_by_none(report: dict[str, Any]) -> str:
+    """A sentence on the rows that no source won in training; "" before it, and for pairs, each of which has its own."""
+    won = report["training"].get("fused", {}).get("rows_won")
+    if not won:
+        return ""
+    return f"{100 * max(0.0, 1 - sum(won.values())):.1f}% of the rows were won by none: no source has a row there."
 
 
 def _counted(report: dict[str, Any]) -> str:

@@ -17,10 +17,11 @@ from fusejax.config import Config, ModelConfig
 from fusejax.deciding import DocumentCe, deciding_ce, document_ce, joint_ce
 from fusejax.errors import UserError
 from fusejax.fusion import TokenTable
+from fusejax.outputs import check_inputs, write_atomically
 from fusejax.packing import Packing, pack
 from fusejax.scoring import inputs_and_labels
 from fusejax.source_cache import SourceCache
-from fusejax.store import Store, check_inputs, write_atomically
+from fusejax.store import Store
 from fusejax.tokenizers import Tokenizer
 
 Arrays = dict[str, np.ndarray]

@@ -16,7 +16,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from fusejax import paths
 from fusejax.config import CheckpointConfig
 from fusejax.errors import UserError
-from fusejax.store import make_folder, require_space, writing_failed
+from fusejax.outputs import make_folder, require_space, writing_failed
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step it takes
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from fusejax import alignment_report, metrics, paths, plots, report, store
+from fusejax import alignment_report, metrics, outputs, paths, plots, report
 from fusejax.errors import UserError
 from fusejax.progress import console, say
 
@@ -100,6 +101,21 @@ def table(grouped: dict[str, list[Run]]) -> tuple[list[str], list[Row]]:
     return [*(c for c in columns if c != "average"), "average"], rows
 
 
+def unlike(grouped: dict[str, list[Run]]) -> str:
+    """What a reader is told where the runs' held-out texts are not the same; "" where they are."""
+    texts: dict[str, list[str]] = {}
+    for name, members in grouped.items():
+        for run in members:
+            heldout = run.report.get("corpus", {}).get("heldout", {})
+            text = str(heldout.get("text", report.domains(run.report)))  # older reports have no fingerprint
+            names = texts.setdefault(text, [])
+            names += [name] * (name not in names)
+    if len(texts) < 2:
+        return ""
+    told = "; ".join(", ".join(names) for names in texts.values())
+    return f"measured on different held-out texts, so compare a row with those of its own run alone: {told}"
+
+
 def _cells(columns: list[str], row: Row) -> list[str]:
     cells = [f"{row.values[key]:.4f}" if key in row.values else "" for key in columns]
     if row.deviation is not None:
@@ -118,15 +134,15 @@ def as_csv(columns: list[str], rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def as_markdown(columns: list[str], rows: Sequence[Row]) -> str:
-    """A table; the best of each run's column is bold."""
+def as_markdown(columns: list[str], rows: Sequence[Row], note: str = "") -> str:
+    """A table, and `note` below it; the best of each run's column is bold."""
     lines = ["| run | model | " + " | ".join(_escaped(c) for c in columns) + " |"]
     lines.append("|---|---|" + "---|" * len(columns))
     for row in rows:
         group, model, *cells = (_escaped(cell) for cell in _cells(columns, row))
         cells = [f"**{c}**" if _best(rows, row, key) else c for c, key in zip(cells, columns, strict=True)]
         lines.append(f"| {group} | {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (f"\n{note}\n" if note else "")
 
 
 def _escaped(text: str) -> str:
@@ -151,6 +167,7 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
         "<h1>Comparison</h1>",
         "<h2>Bits per byte on held-out text, lower is better</h2>",
         f'<table class="runs"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
+        f"<p>{html.escape(unlike(grouped))}</p>",
     ]
     for name, members in grouped.items():
         means = {row.model: row.values for row in rows if row.group == name}
@@ -198,12 +215,15 @@ def run(
     """Show the table, and write it where paths are given."""
     for path in (csv_path, markdown_path, html_path):
         if path is not None:
-            store.require_writable(path)
+            outputs.require_writable(path)
     grouped = groups([read(folder) for folder in dict.fromkeys(folders)])
     columns, rows = table(grouped)
     if not rows:
         raise UserError("report: none of these runs was evaluated; give them an evaluation.corpus")
-    shown = Table("run", "model", *columns, title="bits per byte on held-out text, lower is better")
+    note = unlike(grouped) or None
+    shown = Table(
+        "run", "model", *columns, title="bits per byte on held-out text, lower is better", caption=note and escape(note)
+    )
     for column in shown.columns[2:]:
         column.justify = "right"
     before = ""
@@ -212,15 +232,15 @@ def run(
         cells = [f"[bold]{c}[/]" if _best(rows, row, key) else c for c, key in zip(cells, columns, strict=True)]
         if before and before != group:
             shown.add_section()
-        shown.add_row(group if group != before else "", model, *cells)
+        shown.add_row(escape(group) if group != before else "", escape(model), *cells)
         before = group
     console.print(shown)
     made = {
         csv_path: lambda: as_csv(columns, rows),
-        markdown_path: lambda: as_markdown(columns, rows),
+        markdown_path: lambda: as_markdown(columns, rows, note or ""),
         html_path: lambda: as_html(grouped, columns, rows),
     }
     for path, make in made.items():
         if path is not None:
-            store.write_atomically(path, make())
+            outputs.write_atomically(path, make())
             say(f"report: {path}")

@@ -22,9 +22,10 @@ import numpy as np
 from fusejax import conversations, paths, reading, settings, tokenizers
 from fusejax.config import Config, CorpusConfig
 from fusejax.errors import UserError
+from fusejax.outputs import check_inputs, fingerprint, write_atomically
 from fusejax.progress import progress, say
 from fusejax.splitting import room, split_text
-from fusejax.store import Store, StoreWriter, check_inputs, fingerprint, read_manifest, write_atomically
+from fusejax.store import Store, StoreWriter, read_manifest
 from fusejax.tokenizers import Tokenizer
 
 _PARTS = "parts.npz"

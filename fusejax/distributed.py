@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from fusejax import paths, rendezvous, store
+from fusejax import outputs, paths, rendezvous
 from fusejax.config import Config, DistributedConfig
 from fusejax.errors import Resumable, UserError
 from fusejax.progress import say
@@ -122,7 +122,7 @@ def _number(environment: Any, name: str) -> int | None:
 def _initialize(config: Config, place: Place) -> None:
     wanted = config.distributed
     if place.address is not None:
-        about = {"configuration": store.fingerprint(_common(config)), "jax": jax.__version__}
+        about = {"configuration": outputs.fingerprint(_common(config)), "jax": jax.__version__}
         rendezvous.meet(place.address, place.processes, place.process, wanted.timeout_s, about)
     told: dict[str, Any] = {}
     if place.address is not None:
@@ -157,7 +157,7 @@ def _keep_log(folder: Path, place: Place) -> None:
     """From here on what this process writes goes through a keeper: see `fusejax.keeper`."""
     # What grows line by line stays on this machine where the output is in a bucket.
     logs = Path("logs", str(folder).partition("://")[2]) if paths.is_remote(folder) else folder / "logs"
-    path = store.make_folder(logs) / f"process-{place.process}.log"
+    path = outputs.make_folder(logs) / f"process-{place.process}.log"
     command = [sys.executable, "-m", "fusejax.keeper", str(path), str(place.process), str(place.processes)]
     keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert keeper.stdin is not None
@@ -185,10 +185,10 @@ def _check_counts(wanted: DistributedConfig) -> None:
 
 def _check_shared(folder: Path) -> None:
     """UserError unless every process sees the same output folder."""
-    marker = store.make_folder(folder) / ".shared"
+    marker = outputs.make_folder(folder) / ".shared"
     token = f"{time.time_ns()}" if jax.process_index() == 0 else ""
     if token:
-        store.write_atomically(marker, token)
+        outputs.write_atomically(marker, token)
     token = tell("output folder", token)
     deadline = time.monotonic() + _SEEN_WITHIN_S
     while not marker.is_file() or marker.read_text() != token:
@@ -286,9 +286,9 @@ def alone(name: str, work: Callable[[], Any]) -> Any:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """`store.locked` for a job of any number of processes."""
+    """`outputs.locked` for a job of any number of processes."""
     with ExitStack() as held:
-        alone("output folder", lambda: held.enter_context(store.locked(folder)) and None)
+        alone("output folder", lambda: held.enter_context(outputs.locked(folder)) and None)
         yield
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from fusejax import paths, store
+from fusejax import outputs, paths
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
 from fusejax.models.decoder import Decoder
@@ -81,15 +81,15 @@ def written(folder: Path) -> Iterator[Path]:
             yield Path(made)
             _send(Path(made), folder)
         return
-    store.require_writable(folder / "config.json", "choose another `output`, or make it writable")
-    temporary = store.make_folder(folder.parent) / f".{folder.name}.tmp"
+    outputs.require_writable(folder / "config.json", "choose another `output`, or make it writable")
+    temporary = outputs.make_folder(folder.parent) / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         temporary.mkdir()
         yield temporary
         _replace(folder, temporary)
     except OSError as error:
-        raise store.writing_failed(folder, error) from None
+        raise outputs.writing_failed(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -167,7 +167,7 @@ def _send(made: Path, folder: Path) -> None:
         for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
             paths.send(file, folder / file.name)
     except OSError as error:
-        raise store.writing_failed(folder, error) from None
+        raise outputs.writing_failed(folder, error) from None
 
 
 def _replace(folder: Path, temporary: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fusejax import aot, fitting, flops, models, plan, sharding, store
+from fusejax import aot, fitting, flops, models, outputs, plan, sharding
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.fitting import Outcome, Stage
@@ -57,7 +57,7 @@ def show(config: Config, options: Options) -> None:
     }  # fmt: skip
     _print(found, options.mfu)
     if options.json:
-        store.write_atomically(options.json, json.dumps(about, indent=1) + "\n")
+        outputs.write_atomically(options.json, json.dumps(about, indent=1) + "\n")
     lost = [f"{stage['name']} ({stage['reason']})" for stage in found if not (stage["fits"] or stage["change"])]
     if lost:
         raise UserError(f"{options.topology}: no configuration that fits was found for {', '.join(lost)}")

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from fusejax import paths
 from fusejax.errors import UserError
-from fusejax.store import fingerprint, make_folder, write_atomically, writing_failed
+from fusejax.outputs import fingerprint, make_folder, write_atomically, writing_failed
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:

@@ -64,12 +64,12 @@ def run(options: argparse.Namespace, job: Config) -> None:
             raise UserError(f"plan without --topology: has no use for {', '.join('--' + name for name in given)}")
         plan.show(job)
         return
-    from fusejax import machine_plan, store
+    from fusejax import machine_plan, outputs
 
     for name, (low, high) in _RANGES.items():
         if not low <= given.get(name, low) <= high:
             raise UserError(f"--{name}: {given[name]} should be from {low:g} to {high:g}")
     if options.json is not None:
-        store.require_writable(options.json)
+        outputs.require_writable(options.json)
     lists = {name: tuple(given.get(name, ())) for name in ("only", "shape")}
     machine_plan.show(job, Options(**({"topology": options.topology} | given | lists)))

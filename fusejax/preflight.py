@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fusejax import corpus, hub, metrics, models, paths, sharding, store, tokenizer_files, tokenizers
+from fusejax import corpus, hub, metrics, models, outputs, paths, sharding, tokenizer_files, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
 from fusejax.models import convert, families, files
@@ -28,7 +28,7 @@ def check(config: Config) -> None:
         metrics.require_wandb()
     paths.require_checkpoints(config.folder)
     paths.check(config.folder)
-    store.require_writable(config.folder / "config.yaml", remedy="choose another `output`, or make it writable")
+    outputs.require_writable(config.folder / "config.yaml", remedy="choose another `output`, or make it writable")
     seen = set()
     for model in (config.target, *config.sources):
         key = (model.model, model.revision, model.bos)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 import fusejax
-from fusejax import alignment_report, metrics, plots, store
+from fusejax import alignment_report, metrics, outputs, plots, store
 from fusejax.alignment import read_report
 from fusejax.config import Config, dump
 from fusejax.progress import console, say
@@ -27,8 +27,8 @@ def run(config: Config) -> None:
     """Write report.json and report.html into the output folder. Raises UserError where an earlier stage is missing."""
     histories = {name: metrics.read(run_folder(config, name)) for name in runs(config)}
     report = collect(config, histories)
-    store.write_atomically(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
-    store.write_atomically(config.folder / "report.html", render(config, report, histories))
+    outputs.write_atomically(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
+    outputs.write_atomically(config.folder / "report.html", render(config, report, histories))
     show(report)
     say(f"report: {config.folder / 'report.html'} and report.json")
 
@@ -41,7 +41,7 @@ def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[
         "target": config.target.model,
         "sources": {source.label: source.model for source in config.sources},
         "corpus": {
-            split: store.Store(folder).summary
+            split: {**(documents := store.Store(folder)).summary, "text": documents.inputs["text"]}
             for split in ("train", "heldout")
             if (folder := config.folder / "data" / split / "documents").exists()
         },
@@ -88,7 +88,7 @@ def _bits_per_byte(config: Config) -> dict[str, Any]:
     found = {}
     for name in names:
         remedy = "run the stage `evaluate` again"
-        result = store.read_object(folder / f"{name}.json", {"bits_per_byte": dict}, remedy)
+        result = outputs.read_object(folder / f"{name}.json", {"bits_per_byte": dict}, remedy)
         if result is not None:
             found[name] = result["bits_per_byte"]
     return found
@@ -103,11 +103,17 @@ def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     scores = report["evaluation"]["bits_per_byte"]
     if not scores:
         return [], []
-    domains = [key for key in next(iter(scores.values())) if key != "average"]
+    columns = [*domains(report), "average"]
     rows = []
     for name, values in scores.items():
-        rows.append([plots.label(name), *(f"{values[domain]:.4f}" for domain in [*domains, "average"])])
-    return ["bits per byte", *domains, "average"], rows
+        rows.append([plots.label(name), *(f"{values[column]:.4f}" for column in columns)])
+    return ["bits per byte", *columns], rows
+
+
+def domains(report: dict[str, Any]) -> list[str]:
+    """Those of the held-out text, in the order of its documents."""
+    first: dict[str, float] = next(iter(report["evaluation"]["bits_per_byte"].values()), {})
+    return [key for key in first if key != "average"]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -126,12 +132,8 @@ def show(report: dict[str, Any]) -> None:
         console.print(table)
     won = alignment_report.rows_won(report)
     if won:
-        rest = None
-        if "fused" in report["training"]:
-            rest = (
-                f"{100 * max(0.0, 1 - sum(won.values())):.1f}% of the rows were won by none: no source has a row there"
-            )
-        table = Table("source", "rows aligned", "rows won", title="alignment and fusion", caption=rest)
+        rest = alignment_report.won_by_none(report)
+        table = Table("source", "rows aligned", "rows won", title="alignment and fusion", caption=rest or None)
         for name, share in won.items():
             table.add_row(name, f"{100 * report['alignment'][name]['share']:.1f}%", f"{100 * share:.1f}%")
         console.print(table)

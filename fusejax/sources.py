@@ -28,11 +28,12 @@ import numpy as np
 from fusejax import corpus, distributed, hosts, models, sharding, tokenizers
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
+from fusejax.outputs import fingerprint
 from fusejax.progress import progress, say
 from fusejax.scoring import Draws, Group, Scorer, Scores, check_fits, inputs_and_labels
 from fusejax.source_cache import Record, Values, entries, folder_of, holds_more, sampled_record, topk_record
 from fusejax.splitting import room
-from fusejax.store import Store, StoreWriter, fingerprint, read_manifest
+from fusejax.store import Store, StoreWriter, read_manifest
 from fusejax.tokenizers import Tokenizer
 
 _SHARD_TOKENS = 1 << 16  # a shard is what a kill can cost

@@ -6,194 +6,26 @@ manifest are written to temporary names and renamed, or sent to a bucket, where 
 (see `fusejax.paths`): what has its final name is whole. Every record carries a checksum.
 """
 
-import contextlib
-import errno
-import fcntl
 import functools
 import json
 import math
 import os
-import shutil
 import tempfile
 import threading
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
-from hashlib import sha256
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from fusejax import paths
 from fusejax.errors import UserError
+from fusejax.outputs import Inputs, check_inputs, make_folder, require_space, write_atomically, writing_failed
 
 FORMAT = 2
 Record = Mapping[str, "np.ndarray | str | bytes"]
-Inputs = Mapping[str, str | int | float | bool | None]
-
-
-def fingerprint(value: Any) -> str:
-    """16 hex digits that tell two values apart: bytes, or anything that JSON can hold (keys in any order)."""
-    if not isinstance(value, bytes):
-        value = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
-    return sha256(value).hexdigest()[:16]
-
-
-def file_fingerprint(path: str | os.PathLike) -> str:
-    """16 hex digits over a file's bytes."""
-    digest = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def write_atomically(path: str | os.PathLike, data: str | bytes, remedy: str = "") -> None:
-    """Write a whole file or nothing; a full disk or a read-only folder is a UserError (remedy: `writing_failed`'s)."""
-    try:
-        with paths.staged(paths.at(path)) as file:
-            file.write_bytes(data.encode() if isinstance(data, str) else data)
-    except OSError as error:
-        raise writing_failed(path, error, remedy) from None
-
-
-def require_writable(path: str | os.PathLike, remedy: str = "choose another path") -> None:
-    """UserError where a file can be seen not to be writable, for whoever writes it after hours."""
-    path = paths.at(path)
-    if paths.is_remote(path):
-        paths.check(path)
-        return
-    there = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
-    number = 0
-    if path.is_dir():
-        number = errno.EISDIR
-    elif not there.is_dir():
-        number = errno.ENOTDIR
-    elif not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EACCES
-    if number:
-        raise writing_failed(path, OSError(number, ""), remedy)
-
-
-def writing_failed(path: str | os.PathLike, error: Exception, remedy: str = "") -> UserError:
-    """What went wrong with writing `path`, and what would be right.
-
-    error: an OSError, or what a library made of one; of its text only the system's own words are kept. remedy: what
-    would be right where that is neither space nor another `output`.
-    """
-    number = getattr(error, "errno", None)
-    text = str(error)
-    if number is None:
-        number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) if os.strerror(n) in text), 0)
-    advice = {
-        errno.ENOSPC: "free some space and run the same command again",
-        errno.EDQUOT: "free some of your quota and run the same command again",
-    }
-    advised = advice.get(number, remedy or "choose another `output`, or make it writable")
-    reason = os.strerror(number) if number else text.strip().partition("\n")[0][:200]
-    return UserError(f"{path}: cannot be written ({reason}): {advised}")
-
-
-@contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold an output folder: UserError where another job writes to it. A job's death lets go of it.
-
-    A folder that was not there and in which nothing came to lie is gone again afterwards.
-
-    One in a bucket, where nothing can be held, is only seen to be within reach.
-    """
-    if paths.is_remote(folder):
-        paths.check(paths.at(folder))
-        yield
-        return
-    made = not Path(folder).exists()
-    path = make_folder(folder) / ".lock"
-    try:
-        file = path.open("a+")
-    except OSError as error:
-        raise writing_failed(path, error) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip()
-            raise UserError(
-                f"{folder}: another job (process {who or 'unknown'}) is writing there; wait for it, or choose another "
-                "`output`"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # somebody else removed it: no reason to hide why this ends
-                if made and os.listdir(folder) == [path.name]:
-                    path.unlink()
-                    Path(folder).rmdir()
-
-
-def require_space(folder: str | os.PathLike, size: int) -> None:
-    """UserError unless `size` bytes fit on the folder's disk, for libraries that take a full disk badly."""
-    if paths.is_remote(folder):
-        return
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        reason = f"needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise UserError(f"{folder}: the disk is full ({reason}): free some space and run the same command again")
-
-
-def make_folder(path: str | os.PathLike) -> Path:
-    """The folder, made where it is missing (a bucket needs none); UserError where it cannot be."""
-    folder = paths.at(path)
-    try:
-        if not paths.is_remote(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise writing_failed(path, error) from None
-    return folder
-
-
-def check_inputs(
-    folder: Path,
-    made_from: Inputs,
-    wanted: Inputs,
-    remedy: str = "",
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """UserError, naming every input that differs, unless the folder was made from what is wanted.
-
-    defaults: of dotted keys. One that is not recorded, though others of its section are, was not there yet when the
-    folder was made, and did what its default does.
-    """
-    sections = {key.rpartition(".")[0] for key in made_from}
-    younger = {k for k in wanted if k in defaults and k not in made_from and k.rpartition(".")[0] in sections}
-    made_from = {**made_from, **{key: defaults[key] for key in younger}}
-    differing = [key for key in {**made_from, **wanted} if made_from.get(key) != wanted.get(key)]
-    if differing:
-        details = ", ".join(f"{key} ({made_from.get(key)} there, {wanted.get(key)} now)" for key in differing)
-        remedy = remedy or "remove that folder to make it anew, or choose another `output`"
-        raise UserError(f"{folder}: was made with other settings: {details}; {remedy}")
-
-
-def read_object(path: Path, needed: Mapping[str, type], remedy: str) -> dict[str, Any] | None:
-    """The JSON object that a stage left in a file, None where there is no file.
-
-    needed: keys that it has, with the types of their values. UserError with `remedy` where it is damaged.
-    """
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
-    for key, kind in needed.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise UserError(f"{path}: is damaged, it has no {key}; {remedy}")
-    return found
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:

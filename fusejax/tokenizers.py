@@ -15,7 +15,7 @@ import numpy as np
 from fusejax import canonical, conversations, tokenizer_files
 from fusejax.config import Config, ModelConfig
 from fusejax.errors import UserError
-from fusejax.store import fingerprint
+from fusejax.outputs import fingerprint
 
 _ROLES = ("bos", "eos", "pad", "unk")
 

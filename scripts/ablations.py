@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusejax import cli, config, metrics, settings, store
+from fusejax import cli, config, metrics, outputs, settings, store
 from fusejax.config import Config
 from fusejax.errors import Resumable, UserError
 from fusejax.progress import say
@@ -49,7 +49,7 @@ class Variant:
 
     def result(self) -> dict[str, Any] | None:
         needed = {"name": str, "inputs": dict, "bits_per_byte": dict, "points": list}
-        return store.read_object(self.result_path, needed, "remove it")
+        return outputs.read_object(self.result_path, needed, "remove it")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,7 +101,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for path in (options.markdown, options.json, options.svg):
         if path is not None:
-            store.require_writable(path)
+            outputs.require_writable(path)
     for name in ("jobs", "points"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: should be at least 1")
@@ -156,10 +156,10 @@ def share(base: Config, job: Config) -> None:
         kept["top_k"] = [source.top_k or job.cache.top_k for source in job.sources]
     same = [getattr(base.alignment, key) for key in ("rows", "tokens", "gold_chain")] == list(kept.values())[:3]
     same &= not job.alignment.gold_chain or base.cache.top_k == job.cache.top_k
-    aligned = "alignment" if same else f"ablations/alignments/{store.fingerprint(kept)}"
-    store.make_folder(job.folder)
+    aligned = "alignment" if same else f"ablations/alignments/{outputs.fingerprint(kept)}"
+    outputs.make_folder(job.folder)
     for name, to in {"data": "data", "sources": "sources", "alignment": aligned}.items():
-        target = store.make_folder(base.folder / to)
+        target = outputs.make_folder(base.folder / to)
         link, path = job.folder / name, os.path.relpath(target, job.folder)
         if not link.is_symlink():
             link.symlink_to(path)
@@ -187,19 +187,19 @@ def run(variant: Variant, points: int) -> None:
     before = variant.result()
     if before is not None:
         remedy = "remove it, or choose another --into"
-        store.check_inputs(variant.result_path, before["inputs"], inputs, remedy, settings.defaults(Config))
+        outputs.check_inputs(variant.result_path, before["inputs"], inputs, remedy, settings.defaults(Config))
         say(f"variant {variant.name}: done before, skipped")
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(store.locked(variant.job.folder))
+            stack.enter_context(outputs.locked(variant.job.folder))
         except UserError:  # another process is at it
             return
         if variant.result() is not None:
             return
         result = train(variant.job, points)
         result |= {"name": variant.name, "changes": variant.changes, "inputs": inputs}
-        store.write_atomically(variant.result_path, json.dumps(result, indent=1))
+        outputs.write_atomically(variant.result_path, json.dumps(result, indent=1))
         say(f"variant {variant.name}: {result['bits_per_byte']['average']:.4f}, {result['seconds']:.0f} s")
 
 
@@ -282,20 +282,20 @@ def write_table(folder: Path, variants: Sequence[Variant], options: argparse.Nam
     """Every result there is, on standard output and in the files that are asked for."""
     needed, remedy = {"name": str, "bits_per_byte": dict}, "run the stage `evaluate` again"
     paths = sorted((folder / "evaluation").glob("*.json"))
-    before = [found for path in paths if (found := store.read_object(path, needed, remedy)) is not None]
+    before = [found for path in paths if (found := outputs.read_object(path, needed, remedy)) is not None]
     results = [result for variant in variants if (result := variant.result()) is not None]
     lines = table([*before, *results])
     say("\n".join(lines))
     if options.markdown:
-        store.write_atomically(options.markdown, "\n".join(lines) + "\n")
+        outputs.write_atomically(options.markdown, "\n".join(lines) + "\n")
     if options.json:
-        store.write_atomically(options.json, json.dumps({"evaluation": before, "variants": results}, indent=1))
+        outputs.write_atomically(options.json, json.dumps({"evaluation": before, "variants": results}, indent=1))
     if options.svg:
         from fusejax import plots
 
         start = [(0, found["bits_per_byte"]["average"]) for found in before if found["name"] == "target"]
         curves = {result["name"]: start + [_point(point) for point in result["points"]] for result in results}
-        store.write_atomically(options.svg, plots.heldout(curves))
+        outputs.write_atomically(options.svg, plots.heldout(curves))
 
 
 def _point(point: dict[str, Any]) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from fusejax import cli
 from fusejax.config import CorpusConfig
 from fusejax.corpus import read_documents
 from fusejax.errors import UserError
-from fusejax.store import write_atomically
+from fusejax.outputs import write_atomically
 
 WORDS = 8  # of a shingle
 LINK = 0.3

@@ -23,9 +23,9 @@ from fusejax.config import CorpusConfig
 from fusejax.corpus import read_documents
 from fusejax.errors import UserError
 from fusejax.evaluation import baselines
+from fusejax.outputs import read_object, write_atomically
 from fusejax.progress import say
 from fusejax.settings import Section
-from fusejax.store import read_object, write_atomically
 
 STAGES = ("prepare", "sources", "align", "train", "export", "baselines", "evaluate", "report")
 

@@ -21,7 +21,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
-from fusejax import cli, config, export, models, store
+from fusejax import cli, config, export, models, outputs
 from fusejax.progress import say
 from fusejax.stdlib_corpus import DOMAINS, documents
 
@@ -196,7 +196,7 @@ def make_model(
     tokenizer: Tokenizer, roles: dict[str, str], hf_config: dict[str, Any], max_length: int, seed: int, folder: Path
 ) -> None:
     """Write a model folder with this tokenizer and random weights."""
-    tokenizer_folder = store.make_folder(folder.with_name("tokenizer"))
+    tokenizer_folder = outputs.make_folder(folder.with_name("tokenizer"))
     tokenizer.save(str(tokenizer_folder / "tokenizer.json"), pretty=False)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

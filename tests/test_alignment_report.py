@@ -47,8 +47,10 @@ def test_every_number_is_in_the_table(report):
 def test_rows_won_only_after_training(report):
     untrained = {"alignment": report["alignment"], "training": {}}
     assert "rows won" in alignment_report.section(report)
+    assert "75.0% of the rows were won by none" in alignment_report.section(report)
     page = alignment_report.section(untrained)
     assert "rows won" not in page
+    assert "won by none" not in page
     assert "mapped to the target" in page
     header, rows = alignment_report.table(untrained)
     assert [len(row) for row in rows] == [len(header)] * 2

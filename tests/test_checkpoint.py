@@ -59,11 +59,11 @@ def test_nothing_to_restore_and_damaged_ones_are_user_errors(tmp_path):
 
 
 def test_full_disk_is_a_user_error_and_keeps_what_is_there(tmp_path, monkeypatch):
-    from fusejax import store
+    from fusejax import outputs
 
     with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
         checkpoints.save(1, state(1), {})
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
     with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
         with pytest.raises(UserError, match="disk is full"):
             checkpoints.save(2, state(2), {})

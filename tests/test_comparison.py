@@ -7,12 +7,12 @@ import pytest
 from fusejax import cli, comparison
 
 
-def write(folder, name, seed, scores, **settings):
+def write(folder, name, seed, scores, text="t", **settings):
     folder.mkdir()
     report = {
         "name": name, "config": {"seed": seed, "output": str(folder), **settings},
-        "evaluation": {"bits_per_byte": scores}, "training": {"fused": {"rows_won": {"s": 0.25}}},
-        "alignment": {"s": {"share": 0.75}},
+        "corpus": {"heldout": {"text": text}}, "evaluation": {"bits_per_byte": scores},
+        "training": {"fused": {"rows_won": {"s": 0.25}}}, "alignment": {"s": {"share": 0.75}},
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
     lines = [{"step": i, "tokens": 10.0, "clm_loss": 3.0 - i / 10} for i in range(5)]
@@ -32,7 +32,7 @@ def runs(tmp_path):
     return [
         write(tmp_path / "a", "mine", 0, first, max_length=8),
         write(tmp_path / "b", "mine", 1, second, max_length=8),
-        write(tmp_path / "c", "the <other>", 0, other, max_length=16),
+        write(tmp_path / "c", "the <other>", 0, other, text="u", max_length=16),
     ]
 
 
@@ -59,7 +59,11 @@ def test_seeds_share_a_row_with_their_spread(runs, tmp_path, capsys):
     text = files["markdown"].read_text()
     assert "| mine (seeds 0, 1) | fused | **1.2500** | **1.9500** |  | **1.6000 ± 0.1414** |" in text
     assert "| the <other> | target (before) |  |  | **4.0000** | **4.0000** |" in text
+    note = "so compare a row with those of its own run alone: mine (seeds 0, 1); the <other>"
+    assert note in " ".join(out.split())
+    assert text.endswith(f"{note}\n")
     page = files["html"].read_text()
+    assert "mine (seeds 0, 1); the &lt;other&gt;</p>" in page
     assert page.count("<svg") == 4
     assert "the &lt;other&gt;" in page
     assert "<other>" not in page
@@ -67,6 +71,12 @@ def test_seeds_share_a_row_with_their_spread(runs, tmp_path, capsys):
     again = tmp_path / "again.html"
     cli.main(["report", *runs, "--html", str(again)])
     assert again.read_text() == page
+
+
+def test_runs_of_one_text_can_be_compared(runs, tmp_path, capsys):
+    same = write(tmp_path / "d", "third", 0, {"target": scores(2.0, 4.0)}, max_length=32)
+    cli.main(["report", runs[0], same])
+    assert "different held-out texts" not in capsys.readouterr().out
 
 
 def test_columns_are_in_the_order_of_the_runs(runs):

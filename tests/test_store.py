@@ -1,10 +1,9 @@
 import json
-import shutil
 
 import numpy as np
 import pytest
 
-from fusejax import store
+from fusejax import outputs, store
 from fusejax.errors import UserError
 
 
@@ -96,15 +95,10 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
 
 def test_full_disk_is_a_user_error_and_keeps_finished_shards(tmp_path, monkeypatch):
     writer = write(tmp_path / "s", shards={0})
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
     with pytest.raises(UserError, match="free some space"):
         writer.write(1, records(3))
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["000000.array_record", "manifest.json"]
-
-
-def test_fingerprint_ignores_key_order():
-    assert store.fingerprint({"a": 1, "b": 2}) == store.fingerprint(json.loads('{"b": 2, "a": 1}'))
-    assert store.fingerprint("a") != store.fingerprint("b")
 
 
 def test_a_library_that_finds_the_disk_full_is_a_user_error(tmp_path, monkeypatch):
@@ -131,37 +125,3 @@ def test_a_manifest_that_is_none(tmp_path, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=r"is not a store of format 2; remove .* to make it anew"):
         store.Store(tmp_path / "s")
-
-
-def test_a_key_younger_than_the_folder_had_its_default_if_its_section_was_there(tmp_path):
-    made_from, defaults = {"batch.size": 2}, {"batch.size": 1, "batch.new": 5, "lora.rank": 8}
-    store.check_inputs(tmp_path, made_from, made_from | {"batch.new": 5}, defaults=defaults)
-    for wanted, message in (
-        ({"batch.new": 6}, r"batch.new \(5 there, 6 now\)"),
-        ({"lora.rank": 8}, r"lora.rank \(None there, 8 now\)"),
-    ):
-        with pytest.raises(UserError, match=message):
-            store.check_inputs(tmp_path, made_from, made_from | wanted, defaults=defaults)
-
-
-def test_one_job_at_a_time(tmp_path):
-    with store.locked(tmp_path / "out"), pytest.raises(UserError, match="another job"):  # noqa: SIM117
-        with store.locked(tmp_path / "out"):
-            pytest.fail("both hold it")
-    assert not (tmp_path / "out").exists()  # nothing came of it
-    with pytest.raises(UserError, match="why"), store.locked(tmp_path / "out"):
-        shutil.rmtree(tmp_path / "out")
-        raise UserError("why")
-    (tmp_path / "mine").mkdir()
-    with store.locked(tmp_path / "out"), store.locked(tmp_path / "mine"):
-        (tmp_path / "out/file").write_text("x")
-    assert (tmp_path / "out/file").exists()
-    assert (tmp_path / "mine").exists()
-
-
-@pytest.mark.parametrize("below", ["", "/x"])
-def test_a_file_in_the_way_is_a_user_error(tmp_path, below):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written"):
-        store.write_atomically(f"{tmp_path}/file{below}/report.json", "{}")
-    assert (tmp_path / "file").read_text() == "x"

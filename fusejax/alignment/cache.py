@@ -20,8 +20,8 @@ from fusejax.alignment import mined, rows, tokens
 from fusejax.alignment.rows import Tokens
 from fusejax.alignment.tokens import TokenTable
 from fusejax.errors import UserError
+from fusejax.outputs import file_fingerprint, fingerprint, write_atomically
 from fusejax.progress import warn
-from fusejax.store import file_fingerprint, fingerprint, write_atomically
 
 Sample = Iterable[tuple[Tokens, Tokens]] | None
 

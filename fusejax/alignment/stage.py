@@ -21,10 +21,11 @@ from fusejax.config import Config, ModelConfig
 from fusejax.conversations import text_ce
 from fusejax.deciding import document_ce
 from fusejax.errors import UserError
+from fusejax.outputs import Inputs, fingerprint, write_atomically
 from fusejax.parallel import run_shards
 from fusejax.progress import progress, say
 from fusejax.source_cache import SourceCache, folder_of
-from fusejax.store import Inputs, Store, StoreWriter, fingerprint, read_manifest, write_atomically
+from fusejax.store import Store, StoreWriter, read_manifest
 
 if TYPE_CHECKING:
     from fusejax import fusion

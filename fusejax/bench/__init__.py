@@ -43,16 +43,16 @@ def add_parser(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Non
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print the table, write the JSON. Raises UserError before measuring where FILE cannot be written."""
-    from fusejax import store
+    from fusejax import outputs
     from fusejax.bench import core
 
     if options.json:
-        store.require_writable(options.json)
+        outputs.require_writable(options.json)
     cases = _load(BENCHES[options.what][0]).run(options)
     result: dict[str, Any] = {"cases": [case.as_json() for case in cases], "machine": core.machine()}
     core.show(options.what, cases, result["machine"])
     if options.json:
-        store.write_atomically(options.json, json.dumps(result, indent=1) + "\n")
+        outputs.write_atomically(options.json, json.dumps(result, indent=1) + "\n")
 
 
 def _load(module: str) -> ModuleType:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fusejax import alignment, conversations, distributed, merging, store, tokenizers, training
+from fusejax import alignment, conversations, distributed, merging, outputs, store, tokenizers, training
 from fusejax.config import COMPAT, Config, FusionConfig, ModelConfig, validate
 from fusejax.deciding import document_ce, joint_ce
 from fusejax.errors import UserError
@@ -106,7 +106,7 @@ def share(config: Config, job: Config) -> None:
     shared = ["data", "sources"]
     same = config.alignment == job.alignment and config.compat == job.compat
     shared += ["alignment"] if same else []
-    store.make_folder(job.folder)
+    outputs.make_folder(job.folder)
     for name in shared:
         link = job.folder / name
         if not link.is_symlink():

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusejax import store
+from fusejax import outputs
 from fusejax.errors import UserError
 from fusejax.progress import progress, say, warn
 
@@ -53,13 +53,13 @@ def run(model: str, label: str, options: Options) -> float | None:
     """Write a model's completions; pass@1 of HumanEval where its programs are to be run, else None."""
     problems = problems_of(options)
     completions = complete(model, label, problems, options)
-    folder = store.make_folder(Path(options.output))
+    folder = outputs.make_folder(Path(options.output))
     if "task_id" not in problems[0]:
         _write_multipl_e(folder / label, problems, completions, options)
         return None
     path = folder / f"{label}.humaneval.jsonl"
     lines = [{"task_id": p["task_id"], "completion": c} for p, c in zip(problems, completions, strict=True)]
-    store.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    outputs.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     say(f"evaluate {label}: {len(lines)} completions in {path}")
     return pass_at_1(problems, completions, label) if options.run else None
 
@@ -125,13 +125,13 @@ def complete(model: str, label: str, problems: Sequence[dict[str, Any]], options
 def _write_multipl_e(
     folder: Path, problems: Sequence[dict[str, Any]], completions: Sequence[str], options: Options
 ) -> None:
-    store.make_folder(folder)
+    outputs.make_folder(folder)
     for problem, completion in zip(problems, completions, strict=True):
         values = {key: problem[key] for key in ("name", "language", "prompt", "tests")}
         values |= {"stop_tokens": list(problem.get("stop_tokens") or _STOP), "completions": [completion]}
         values |= {"temperature": 0.0, "top_p": 1.0, "max_tokens": options.max_tokens}
         data = gzip.compress(json.dumps(values).encode(), mtime=0)
-        store.write_atomically(folder / f"{problem['name'].replace('/', '_')}.json.gz", data)
+        outputs.write_atomically(folder / f"{problem['name'].replace('/', '_')}.json.gz", data)
     say(f"evaluate: {len(problems)} problems' completions in {folder}")
 
 

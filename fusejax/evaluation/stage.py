@@ -13,8 +13,9 @@ from fusejax.config import Config, ModelConfig
 from fusejax.evaluation import baselines
 from fusejax.evaluation.ensemble import Member, measure_ensemble
 from fusejax.evaluation.perplexity import measure, numbers
+from fusejax.outputs import fingerprint, write_atomically
 from fusejax.progress import say
-from fusejax.store import Store, fingerprint, write_atomically
+from fusejax.store import Store
 
 
 def run(config: Config) -> None:

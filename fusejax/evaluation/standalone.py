@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from rich.table import Table
 
-from fusejax import models, preflight, settings, sharding, store, tokenizers
+from fusejax import models, outputs, preflight, settings, sharding, tokenizers
 from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.corpus import Document, encode, read_documents
 from fusejax.corpus import check as check_corpus
@@ -150,7 +150,7 @@ def run(
     given = models_of(names)
     labels = labels_of(given)
     if json_path is not None:
-        store.require_writable(json_path)
+        outputs.require_writable(json_path)
     if kind is not None:
         ensemble.shares_of(labels, weights)
     check_corpus(corpus)
@@ -166,7 +166,7 @@ def run(
     show(results)
     if json_path is not None:
         values = {label: numbers(sums) for label, sums in results.items()}
-        store.write_atomically(json_path, json.dumps(values, indent=2) + "\n")
+        outputs.write_atomically(json_path, json.dumps(values, indent=2) + "\n")
         say(f"evaluate: {json_path}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from fusejax import hub, preflight, reading, store
+from fusejax import hub, outputs, preflight, reading
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.evaluation import code
@@ -63,17 +63,17 @@ def run(
     if not any(results.values()) and code_options is None:
         raise UserError(f"evaluate: no benchmark of {suite} could be run; give what the lines `not run` say")
     if json_path is not None:
-        store.write_atomically(json_path, json.dumps(as_json(chosen, results, lacking, limit), indent=2) + "\n")
+        outputs.write_atomically(json_path, json.dumps(as_json(chosen, results, lacking, limit), indent=2) + "\n")
         say(f"evaluate: {json_path}")
 
 
 def _check(models: Sequence[ModelConfig], json_path: str | None, code_options: code.Options | None) -> None:
     """UserError for what would fail later, as far as it can be seen now."""
     if json_path is not None:
-        store.require_writable(json_path)
+        outputs.require_writable(json_path)
     if code_options is not None:
         code.problems_of(code_options)
-        store.require_writable(Path(code_options.output) / "completions", "choose another --code-output")
+        outputs.require_writable(Path(code_options.output) / "completions", "choose another --code-output")
     for model in models:
         preflight.check_model(model)
 

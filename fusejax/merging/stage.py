@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import corpus, export, models, preflight, sharding, store
+from fusejax import corpus, export, models, outputs, preflight, sharding
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.merging import checkpoints, methods
@@ -160,7 +160,7 @@ def tensor_key(config: MergeConfig, name: str) -> jax.Array:
 
 def _require_free(folder: Path) -> None:
     """UserError where no model can be written, or where one is that no merge made."""
-    store.require_writable(folder / "config.json", "choose another `output`, or make it writable")
+    outputs.require_writable(folder / "config.json", "choose another `output`, or make it writable")
     if (folder / "config.json").exists():
         raise UserError(f"{folder}: holds a model that no merge made; choose another `output`, or remove it")
 

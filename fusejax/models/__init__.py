@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fusejax import store
+from fusejax import outputs
 from fusejax.config import AttentionBackend, Remat
 from fusejax.errors import UserError
 from fusejax.models import families, files, loading
@@ -117,7 +117,7 @@ def fingerprint(path_or_repo: str | Path, revision: str | None = None) -> str:
     """16 hex digits that change with what a model computes: its configuration's meaning and its weights."""
     folder = local_folder(path_or_repo, revision)
     _, config = read_config(folder)
-    return store.fingerprint([vars(config), files.weights_fingerprint(folder)])
+    return outputs.fingerprint([vars(config), files.weights_fingerprint(folder)])
 
 
 def _is_float(dtype: Any) -> bool:

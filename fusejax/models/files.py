@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fusejax import hub, store
+from fusejax import hub, outputs
 from fusejax.errors import UserError
 
 TOKENIZER_FILES = (
@@ -98,7 +98,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise UserError(f"{name}: no such folder, and not a hub name (OWNER/NAME)") from None
     except (OSError, errors.HfHubHTTPError) as error:
         if getattr(error, "errno", None) in (13, 28, 30, 122):
-            raise store.writing_failed(getattr(error, "filename", None) or "the hub's cache", error) from None
+            raise outputs.writing_failed(getattr(error, "filename", None) or "the hub's cache", error) from None
         hub.require_reachable(name, "model")
         raise UserError(f"{where}: the hub does not give it ({str(error).splitlines()[0]})") from None
 
@@ -231,16 +231,16 @@ def weights_fingerprint(folder: Path) -> str:
 
     Training changes every tensor, so samples tell two models apart without reading all of them at each start.
     """
-    return store.fingerprint([_file_fingerprint(file) for file in weight_files(folder)])
+    return outputs.fingerprint([_file_fingerprint(file) for file in weight_files(folder)])
 
 
 def _file_fingerprint(path: Path) -> str:
     size = path.stat().st_size
     if size <= _HASHED_WHOLE:
-        return store.file_fingerprint(path)
+        return outputs.file_fingerprint(path)
     parts = []
     with path.open("rb") as file:
         for offset in np.linspace(0, size - (1 << 20), 64).astype(int).tolist():
             file.seek(offset)
-            parts.append(store.fingerprint(file.read(1 << 20)))
-    return store.fingerprint([size, *parts])
+            parts.append(outputs.fingerprint(file.read(1 << 20)))
+    return outputs.fingerprint([size, *parts])

@@ -3,7 +3,7 @@
 import json
 from typing import Literal
 
-from fusejax import distributed, merging, models, settings, store
+from fusejax import distributed, merging, models, outputs, settings
 from fusejax.checkpoint import Checkpoints
 from fusejax.config import Config
 from fusejax.errors import UserError
@@ -61,7 +61,7 @@ def export_run(config: Config, name: str) -> None:
     record = read_record(folder)
     if record is None or not record["done"]:
         raise UserError(f"{folder}: run {name!r} is not trained to its end; run `fusejax train` first")
-    wanted = {"training": store.fingerprint(record["inputs"]), "dtype": config.precision.export}
+    wanted = {"training": outputs.fingerprint(record["inputs"]), "dtype": config.precision.export}
     if hf.made_from(folder / "export") == wanted:
         say(f"export {name}: done before, skipped")
         return
@@ -72,5 +72,5 @@ def export_run(config: Config, name: str) -> None:
     hf_config, _ = models.read_config(source)
     model = trainer.model(state)
     hf.save(model, hf_config, folder / "export", tokenizer_from=source, dtype=export_dtype(config))
-    store.write_atomically(folder / "export" / hf.MARKER, json.dumps(wanted))
+    outputs.write_atomically(folder / "export" / hf.MARKER, json.dumps(wanted))
     say(f"export {name}: {folder / 'export'}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fusejax import distributed, flops, metrics, settings, sharding, store
+from fusejax import distributed, flops, metrics, outputs, settings, sharding
 from fusejax.batches import Batches
 from fusejax.checkpoint import Checkpoints
 from fusejax.config import Config, dump
@@ -44,7 +44,7 @@ def train(config: Config, name: str) -> None:
     summary["seconds"] = time.monotonic() - started
     done = {"inputs": inputs, "done": True, "steps": trainer.steps_total, "throughput": summary}
     if jax.process_index() == 0:
-        store.write_atomically(folder / "training.json", json.dumps(done, indent=1))
+        outputs.write_atomically(folder / "training.json", json.dumps(done, indent=1))
 
 
 def _earlier(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -52,13 +52,13 @@ def _earlier(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, 
     record = read_record(folder) if config.checkpoint.resume else None
     if record is not None:
         remedy = "set checkpoint.resume=false to train anew, or choose another `output`"
-        store.check_inputs(folder / "training.json", record["inputs"], inputs, remedy, settings.defaults(Config))
+        outputs.check_inputs(folder / "training.json", record["inputs"], inputs, remedy, settings.defaults(Config))
     return record
 
 
 def _note(job: Config) -> None:
     """Write down the settings, which are those of what is there."""
-    store.write_atomically(job.folder / "config.yaml", dump(job))
+    outputs.write_atomically(job.folder / "config.yaml", dump(job))
 
 
 def _begin(job: Config, folder: Path, inputs: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def _begin(job: Config, folder: Path, inputs: dict[str, Any]) -> None:
     _note(job)
     if not job.checkpoint.resume:
         forget(folder)
-    store.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
+    outputs.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
 
 
 class Loop:
@@ -143,7 +143,7 @@ class Loop:
             return
         about = {
             "data": {"next_step": step, "seed": self._config.seed, "sequences": self._config.batch.sequences},
-            "config": store.fingerprint(dump(self._config)),
+            "config": outputs.fingerprint(dump(self._config)),
             "code": code_fingerprint(),
         }
         loss = sum(self._losses) / len(self._losses) if self._losses else None

@@ -45,7 +45,7 @@ class Notice:
         self._came = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(number, self._before[signal.SIGINT])
-            say("Ctrl-C: this step is finished and saved; once more leaves at once, without it")
+            say("Ctrl-C: ends after this step; once more leaves at once, without it")
 
     def came(self) -> bool:
         """To be asked once a step, in every process."""

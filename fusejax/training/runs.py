@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import fusejax
-from fusejax import corpus, models, paths, store, tokenizers
+from fusejax import corpus, models, outputs, paths, tokenizers
 from fusejax.config import Config
 from fusejax.source_cache import SourceCache
 
@@ -57,7 +57,7 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
     inputs: dict[str, Any] = {
         "target": models.fingerprint(config.target.model, config.target.revision),
         "tokenizer": tokenizers.for_model(config.target).fingerprint,
-        "corpus": store.fingerprint(documents.inputs),
+        "corpus": outputs.fingerprint(documents.inputs),
         "seed": config.seed,
         "max_length": config.max_length,
         "compute": config.precision.compute,
@@ -69,7 +69,7 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
         sections += ["loss", "fusion", "alignment"]
         for source in config.sources:
             made_from = SourceCache.of(config, source).inputs
-            inputs[f"source {source.label}"] = store.fingerprint(made_from)
+            inputs[f"source {source.label}"] = outputs.fingerprint(made_from)
     for section in sections:
         values = getattr(config, section)
         for key, value in (values.model_dump(mode="json") if values else {}).items():
@@ -83,13 +83,13 @@ def code_fingerprint() -> str:
     """16 hex digits over this package's source files."""
     folder = Path(fusejax.__file__).parent
     files = sorted(folder.rglob("*.py"))
-    return store.fingerprint({str(file.relative_to(folder)): store.file_fingerprint(file) for file in files})
+    return outputs.fingerprint({str(file.relative_to(folder)): outputs.file_fingerprint(file) for file in files})
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What is known of a run: "inputs", "done" and, where it is, "steps" and "throughput"; None before its start."""
     remedy = "set checkpoint.resume=false to train anew"
-    return store.read_object(folder / "training.json", {"inputs": dict, "done": bool}, remedy)
+    return outputs.read_object(folder / "training.json", {"inputs": dict, "done": bool}, remedy)
 
 
 def forget(folder: Path) -> None:
