@@ -1,10 +1,10 @@
 """Collectives by kind and bytes, against programs whose exchanges are known."""
 
-import os
 import subprocess
 import sys
 
 import pytest
+from environment import on_cpus
 
 from fusejax.hlo import collectives
 
@@ -113,9 +113,8 @@ print(collectives(run.lower(shape((5, 64, 64), None, "b"), shape((16, 64), ("a",
 
 
 def test_of_a_real_program_on_eight_devices():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=120, check=True
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=on_cpus(8), timeout=120, check=True
     )
     found = eval(done.stdout, {"Traffic": lambda times, bytes: (times, bytes)})
     matrix = 64 * 64 * 4

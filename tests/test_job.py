@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import TEXTS
+from environment import on_cpus
 
 import fusejax
 from fusejax import cli, config, progress
@@ -198,10 +198,9 @@ def test_a_cache_of_another_text_is_refused(write_config, inputs, tmp_path):
 
 def run_until(path, marker, delay, number=signal.SIGKILL):
     """Start the job, kill it `delay` seconds after a line with `marker` (never, where it is None)."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
         [sys.executable, str(TRAIN_PY), str(path)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=on_cpus(),
     )  # fmt: skip
     seen = []
     deadline = time.monotonic() + 300

@@ -1,7 +1,6 @@
 """The mesh of a job: given, automatic, and over several slices or hosts."""
 
 import itertools
-import os
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import pytest
+from environment import on_cpus
 
 from fusejax import config, models, sharding, training
 from fusejax.config import MeshConfig
@@ -136,10 +136,9 @@ def test_data_goes_over_two_hosts():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, address, str(i)], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", TWO, address, str(i)], stdout=subprocess.PIPE, text=True, env=on_cpus(4)
         )
         for i in range(2)
     ]

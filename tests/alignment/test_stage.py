@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from environment import on_cpus
 from tokenizer_zoo import TEXTS, hf, tokenizer
 
 from fusejax import alignment, config, corpus, parallel
@@ -255,9 +256,8 @@ def test_hosts_make_the_same_bytes(many_documents, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     hosts = [
-        subprocess.Popen([sys.executable, "-c", _HOST, str(tmp_path / "two.yaml"), str(port), str(i)], env=environment)
+        subprocess.Popen([sys.executable, "-c", _HOST, str(tmp_path / "two.yaml"), str(port), str(i)], env=on_cpus())
         for i in range(2)
     ]
     assert [host.wait(timeout=300) for host in hosts] == [0, 0]

@@ -1,22 +1,20 @@
 """Bits per byte, ensembles and merges over 8 simulated devices are those of one device."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import TEXTS
+from environment import on_cpus
 
 from fusejax import export, models
 
 
 def run(devices, *arguments):
-    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, Path(__file__).with_name("on_eight_devices.py"), *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(command, env=on_cpus(devices), capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,6 +1,5 @@
 """Properties of the decoder that need no other implementation."""
 
-import os
 import subprocess
 import sys
 from typing import get_args
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import on_cpus
 from flax import nnx
 
 from fusejax import models
@@ -146,7 +146,6 @@ def test_sharded_over_eight_devices(tmp_path):
 
     export.save(models.init(LLAMA, 0), models.hf_config(LLAMA, "llama"), tmp_path / "model")
     np.save(tmp_path / "ids.npy", IDS)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-c", _ON_EIGHT_DEVICES, str(tmp_path / "model"), str(tmp_path / "ids.npy")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=on_cpus(8), capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

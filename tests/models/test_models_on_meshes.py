@@ -5,12 +5,12 @@ what does not divide stays whole.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from environment import on_cpus
 from model_zoo import CASES
 
 MESHES = ("2x2x2", "1x8x1", "1x1x8")
@@ -26,11 +26,9 @@ def results():
 
     def get(case, mesh):
         if (case, mesh) not in known:
-            flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-            env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
             cases = QUICK if case in QUICK else [case]
             command = [sys.executable, Path(__file__).with_name("on_eight_devices.py"), *cases]
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
+            done = subprocess.run(command, env=on_cpus(8), capture_output=True, text=True, timeout=1200, check=False)
             assert done.returncode == 0, done.stderr[-3000:]
             for report in map(json.loads, done.stdout.splitlines()):
                 known[report["case"], report["mesh"]] = report

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import on_cpus
 
 from fusejax import alignment, config, metrics, sources
 
@@ -52,13 +53,12 @@ def start(hosts, process, path, output):
     """Process `process` of the job, on its host, with two devices."""
     told = {
         "JAX_COORDINATOR_ADDRESS": f"{ADDRESSES[0]}:12345", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process),
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     named = ["unshare", "--uts", "sh", "-c", f'hostname host-{process} && exec "$@"', "sh"]
     command = [sys.executable, "-c", RUN, "train", str(path), f"output={output}", f"distributed.timeout_s={TIMEOUT_S}"]
     return subprocess.Popen(
         ["ip", "netns", "exec", hosts[process], *named, *command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **told},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=on_cpus(2, **told),
     )  # fmt: skip
 
 
@@ -78,9 +78,8 @@ def test_two_hosts_equal_one_and_a_cut_cable_ends_both(hosts, make_job, tmp_path
     whole, two = tmp_path / "whole", tmp_path / "two"
     for folder in (whole, two):
         shutil.copytree(made.folder, folder)
-    four = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run(
-        [sys.executable, "-c", RUN, "train", str(path), f"output={whole}"], check=True, timeout=240, env=four
+        [sys.executable, "-c", RUN, "train", str(path), f"output={whole}"], check=True, timeout=240, env=on_cpus(4)
     )
 
     running = [start(hosts, i, path, two) for i in range(2)]

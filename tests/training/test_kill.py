@@ -1,6 +1,5 @@
 """SIGKILL at random moments, inside a save too: what is there is whole, and the run ends with the same bits."""
 
-import os
 import random
 import shutil
 import signal
@@ -9,6 +8,7 @@ import sys
 import time
 
 import pytest
+from environment import on_cpus
 
 from fusejax import alignment, config, metrics, sources
 
@@ -17,10 +17,9 @@ TRIES = 10
 
 
 def start(path, output):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", RUN, "train", str(path), f"output={output}"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=on_cpus(),
     )  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """Every mesh trains alike: eight simulated devices in a process of their own."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import on_cpus
 
 from fusejax import alignment, config, sources
 
@@ -31,10 +31,9 @@ def test_meshes_give_one_curve_and_the_declared_layouts(make_job, tmp_path):
     alignment.run(job)
     path = tmp_path / "job.yaml"
     path.write_text(config.dump(job))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(path), "1,1,1", "8,1,1", "1,8,1", "1,1,8", "2,2,2"],
-        capture_output=True, text=True, env=environment, timeout=900, check=False,
+        capture_output=True, text=True, env=on_cpus(8), timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout.splitlines()[-1])

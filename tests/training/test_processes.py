@@ -1,6 +1,5 @@
 """Jobs of two local processes: equal to one process, named when missing, resumable on another number."""
 
-import os
 import shutil
 import signal
 import socket
@@ -10,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from environment import on_cpus
 
 from fusejax import alignment, config, metrics, sources
 from fusejax.store import Store
@@ -30,14 +30,10 @@ def start(path, *overrides, devices=4, command="train", output=None, process=Non
     if process is not None:
         told = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}"]
         told += [f"distributed.process={process}", "distributed.timeout_s=30"]
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
     output = [] if output is None else [f"output={output}"]
     return subprocess.Popen(
         [sys.executable, "-c", code + RUN, command, str(path), *told, *output, *overrides],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=on_cpus(devices),
     )  # fmt: skip
 
 
