@@ -1,5 +1,6 @@
 import doctest
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +95,32 @@ def inside(consumed, **options):
 
 def test_consumed_bytes_keep_the_tokens_that_go_on():
     assert row(inside(0)) == pytest.approx({20: 0.4, 21: 0.2, 22: 0.1, 23: 0.2, 24: 0.05})
-    assert row(inside(1)) == pytest.approx({1: 4 / 7, 5: 2 / 7, 6: 1 / 7})
-    assert row(inside(2)) == pytest.approx({2: 2 / 3, 3: 1 / 3})
+    # The row lists 0.95 of the source's probability, and the tail keeps its share.
+    assert row(inside(1)) == pytest.approx({1: 0.95 * 4 / 7, 5: 0.95 * 2 / 7, 6: 0.95 * 1 / 7})
+    assert row(inside(2)) == pytest.approx({2: 0.95 * 2 / 3, 3: 0.95 * 1 / 3})
+    assert inside(1).mass[0] == inside(2).mass[0] == pytest.approx(0.95)
+    assert row(inside(1, tail="renormalize")) == pytest.approx({1: 4 / 7, 5: 2 / 7, 6: 1 / 7})
     assert not inside(3).valid[0]  # beyond the table
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_a_tail_a_row_inside_a_token_is_the_conditional_distribution(seed):
+    """Tokens are all strings of up to three of 'ab'; the true one begins with 'a'."""
+    rng = np.random.default_rng(seed)
+    spelled = ["".join(s) for n in (1, 2, 3) for s in itertools.product("ab", repeat=n)]
+    probs = rng.dirichlet(np.ones(len(spelled)))
+    rests = fusion.TokenTable(
+        jnp.array([[i, spelled.index(s[1:]) if len(s) > 1 else -1] for i, s in enumerate(spelled)], jnp.int32),
+        jnp.array([[0, ord(s[0])] for s in spelled], jnp.uint32),
+    )
+    order = rng.permutation(len(spelled))
+    mapped = fusion.map_rows(
+        jnp.array([order]), jnp.log(jnp.array([probs[order]])), YES, rests,
+        consumed=jnp.array([1]), source_labels=jnp.array([spelled.index("ab")]),
+    )  # fmt: skip
+    going_on = {s: p for s, p in zip(spelled, probs, strict=True) if s[0] == "a" and len(s) > 1}
+    expected = {spelled.index(s[1:]): p / sum(going_on.values()) for s, p in going_on.items()}
+    assert row(mapped) == pytest.approx(expected, rel=1e-5)
 
 
 def test_gold_chain_moves_probability_from_the_first_image():
@@ -121,8 +145,10 @@ def test_gold_chain_adds_to_what_the_true_token_has():
 
 def test_gold_chain_inside_a_token_is_conditional_on_the_consumed_bytes():
     gold = {"labels": jnp.array([9]), "gold_logprobs": jnp.log(jnp.array([0.07]))}
-    # 0.7 of the row's mass begins with 'a' and goes on, so the chain's 0.07 is 0.1 of it; token 1's rest is target 5.
-    assert row(inside(1, **gold)) == pytest.approx({1: 4 / 7, 5: 2 / 7 - 0.1, 6: 1 / 7, 9: 0.1})
+    # 0.7 of the row's listed 0.95 begins with 'a' and goes on, so the chain's 0.07 is 0.1 of it, times 0.95; token 1's
+    # rest is target 5.
+    conditional = {1: 4 / 7, 5: 2 / 7 - 0.1, 6: 1 / 7, 9: 0.1}
+    assert row(inside(1, **gold)) == pytest.approx({image: 0.95 * p for image, p in conditional.items()})
 
 
 def example(seed):

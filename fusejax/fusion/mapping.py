@@ -78,14 +78,15 @@ def map_rows(
     A row of which nothing is left is not valid.
 
     Rows inside a token: with consumed int32[...] = c > 0 bytes of the source's true next token source_labels int32[...]
-    already in the context, only tokens that begin with these bytes and go on stay; they are renormalised, in both
-    modes, because the row now is a distribution of the text after these bytes.
+    already in the context, only tokens that begin with these bytes and go on stay, divided by the probability of these
+    bytes, because the row now is a distribution of the text after them. What the tail adds to that probability is not
+    known: it is taken to hold these bytes as often as the row's own tokens do, so that the tail keeps its share.
 
     Gold chain: with gold_logprobs float[...] (log-probability from this source row on that its true tokens spell the
     true next target token; −inf: none) and labels int32[...] (that target token), probability is moved from the image
     of the source's true next token to the label, at most what is there, and the rest is added. For c > 0 the value is
-    that of the consumed bytes and the label together: it is divided here by the mass of the tokens that stay. The row
-    gets one entry more: M = K + 1, else M = K. The total never exceeds 1.
+    that of the consumed bytes and the label together: it is divided here by the probability of the consumed bytes. The
+    row gets one entry more: M = K + 1, else M = K. The total never exceeds 1.
 
     Raises ValueError for shapes that do not belong together and for unknown options.
     """
@@ -98,6 +99,7 @@ def map_rows(
         arguments.shape(name, array, ids.shape[:-1], f"the leading dimensions of ids {ids.shape}")
     c = jnp.zeros(valid.shape, jnp.int32) if consumed is None else consumed
     probs = _probabilities(ids, logprobs)
+    listed = jnp.minimum(jnp.sum(probs, -1), 1.0)  # the rest is the tail
     images = jnp.where(jnp.isfinite(logprobs), _lookup(table.ids, ids, c[..., None], -1), -1)
     if consumed is not None:
         if source_labels is None:
@@ -110,10 +112,9 @@ def map_rows(
     images, probs = merge_repeated(images, probs, collisions)
     kept = jnp.sum(probs, -1)
     valid = valid & (kept > 0)
-    inside = c > 0
-    norm = jnp.where(inside & valid, kept, 1.0)
+    norm = jnp.where((c > 0) & valid, kept / jnp.where(valid, listed, 1.0), 1.0)
     probs = probs / norm[..., None]
-    mass = jnp.where(inside, 1.0, jnp.minimum(kept, 1.0))
+    mass = jnp.minimum(kept / norm, 1.0)
     if gold_logprobs is not None:
         if labels is None or source_labels is None:
             raise ValueError("map_rows: `gold_logprobs` needs `labels` and `source_labels`")
