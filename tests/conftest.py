@@ -71,6 +71,17 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture
+def compiled_as_a_job():
+    """For bounds that hold only for optimised programs: those of the test are, under `make test` too."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Folders of two models: `coarse` (Llama, larger vocabulary, padded rows) and `fine` (GPT-NeoX, BOS in front)."""
