@@ -155,8 +155,8 @@ def _best(rows: Sequence[Row], row: Row, key: str) -> bool:
     return key in row.values and row.values[key] == min(others)
 
 
-def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Row]) -> str:
-    """A self-contained page: the table, bits per byte by domain, losses, alignment."""
+def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Row], note: str = "") -> str:
+    """A self-contained page: the table, `note` below it, bits per byte by domain, losses, alignment."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in ["run", "model", *columns])
     body = ""
     for row in rows:
@@ -167,7 +167,7 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
         "<h1>Comparison</h1>",
         "<h2>Bits per byte on held-out text, lower is better</h2>",
         f'<table class="runs"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
-        f"<p>{html.escape(unlike(grouped))}</p>",
+        *([f"<p>{html.escape(note)}</p>"] if note else []),
     ]
     for name, members in grouped.items():
         means = {row.model: row.values for row in rows if row.group == name}
@@ -220,9 +220,9 @@ def run(
     columns, rows = table(grouped)
     if not rows:
         raise UserError("report: none of these runs was evaluated; give them an evaluation.corpus")
-    note = unlike(grouped) or None
+    note = unlike(grouped)
     shown = Table(
-        "run", "model", *columns, title="bits per byte on held-out text, lower is better", caption=note and escape(note)
+        "run", "model", *columns, title="bits per byte on held-out text, lower is better", caption=escape(note) or None
     )
     for column in shown.columns[2:]:
         column.justify = "right"
@@ -237,8 +237,8 @@ def run(
     console.print(shown)
     made = {
         csv_path: lambda: as_csv(columns, rows),
-        markdown_path: lambda: as_markdown(columns, rows, note or ""),
-        html_path: lambda: as_html(grouped, columns, rows),
+        markdown_path: lambda: as_markdown(columns, rows, note),
+        html_path: lambda: as_html(grouped, columns, rows, note),
     }
     for path, make in made.items():
         if path is not None:
