@@ -82,7 +82,7 @@ def test_rounded_probabilities_never_exceed_one():
 # Source tokens 0 'ab', 1 'abc', 2 'abd', 3 'x', 4 'a'; column c holds the target id of what follows the first c bytes.
 INSIDE = fusion.TokenTable(
     jnp.array([[20, 1, -1], [21, 5, 2], [22, 6, 3], [23, -1, -1], [24, -1, -1]], jnp.int32),
-    jnp.array([[0, 7, 8], [0, 7, 8], [0, 7, 8], [0, 9, 0], [0, 7, 0]], jnp.uint32),
+    jnp.array([[5, 7, 0], [5, 7, 8], [5, 7, 8], [5, 0, 0], [5, 0, 0]], jnp.uint32),
 )
 
 
@@ -103,6 +103,14 @@ def test_consumed_bytes_keep_the_tokens_that_go_on():
     assert not inside(3).valid[0]  # beyond the table
 
 
+def test_inside_a_token_what_has_no_image_joins_the_tail():
+    known = INSIDE._replace(ids=INSIDE.ids.at[2, 1].set(-1))  # 'abd' after its 'a': no token of the target
+    options = {"consumed": jnp.array([1]), "source_labels": jnp.array([1])}
+    mapped = fusion.map_rows(jnp.array([[0, 1, 2, 3, 4]]), logs(0.4, 0.2, 0.1, 0.2, 0.05), YES, known, **options)
+    assert row(mapped) == pytest.approx({1: 0.95 * 4 / 7, 5: 0.95 * 2 / 7})
+    assert mapped.mass[0] == pytest.approx(0.95 * 6 / 7)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_without_a_tail_a_row_inside_a_token_is_the_conditional_distribution(seed):
     """Tokens are all strings of up to three of 'ab'; the true one begins with 'a'."""
@@ -111,7 +119,7 @@ def test_without_a_tail_a_row_inside_a_token_is_the_conditional_distribution(see
     probs = rng.dirichlet(np.ones(len(spelled)))
     rests = fusion.TokenTable(
         jnp.array([[i, spelled.index(s[1:]) if len(s) > 1 else -1] for i, s in enumerate(spelled)], jnp.int32),
-        jnp.array([[0, ord(s[0])] for s in spelled], jnp.uint32),
+        jnp.array([[0, ord(s[0]) if len(s) > 1 else 0] for s in spelled], jnp.uint32),
     )
     order = rng.permutation(len(spelled))
     mapped = fusion.map_rows(

@@ -30,7 +30,7 @@ from fusejax.store import Store, StoreWriter, read_manifest
 if TYPE_CHECKING:
     from fusejax import fusion
 
-_TABLE = "token_map.npz"
+_TABLE = "token_table.npz"
 _REPORT = "report.json"
 _COUNTED = 4096  # about how many documents the token map `stats` counts in, evenly over the corpus
 _SAMPLE = 256  # about how many documents the report is of where there is a cache to read, evenly over the corpus

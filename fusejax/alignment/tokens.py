@@ -23,7 +23,8 @@ class TokenTable(NamedTuple):
     """What each source token becomes in the target's vocabulary after its first c bytes were consumed (host arrays).
 
     ids: int32[V_source, C], column c: the target's id for the token's bytes after the first c; -1: none.
-    prefix_hash: uint32[V_source, C], column c: a hash of the token's first c bytes, 0 where it has fewer.
+    prefix_hash: uint32[V_source, C], column c > 0: a hash of the token's first c bytes, 0 where nothing follows them;
+    column 0: one value for all.
     """
 
     ids: np.ndarray
@@ -76,7 +77,9 @@ def token_table(
         ids_VC[:, 0] = mined.counted_images(target_tok, source_tok, sample)
     for v, image in _by_role(target_tok, source_tok).items():
         ids_VC[v, 0] = image
-    return TokenTable(ids_VC, prefix_hashes(source_tok, columns))
+    hash_VC = prefix_hashes(source_tok, columns)
+    hash_VC[:, 1:][source_tok.lengths[:, None] <= np.arange(1, columns)] = 0
+    return TokenTable(ids_VC, hash_VC)
 
 
 def _map_rests(target_tok: Tokenizer, source_tok: Tokenizer, columns: int, first: bool) -> np.ndarray:

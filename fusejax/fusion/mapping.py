@@ -14,8 +14,9 @@ Tail = Literal["tail", "renormalize"]
 class TokenTable(NamedTuple):
     """What each source token becomes in the target's vocabulary, after its first c bytes were consumed.
 
-    ids: int32[Vs, C], column c: the target id for the token's bytes after the first c; −1: none (or no bytes left).
-    prefix_hash: uint32[Vs, C], column c: a hash of the token's first c bytes. C = 1 without `inside` rows.
+    ids: int32[Vs, C], column c: the target id for the token's bytes after the first c; −1: none.
+    prefix_hash: uint32[Vs, C], column c > 0: a hash of the token's first c bytes, 0 where nothing follows them; column
+    0: one value for all. C = 1 without `inside` rows.
     """
 
     ids: Array
@@ -80,7 +81,8 @@ def map_rows(
     Rows inside a token: with consumed int32[...] = c > 0 bytes of the source's true next token source_labels int32[...]
     already in the context, only tokens that begin with these bytes and go on stay, divided by the probability of these
     bytes, because the row now is a distribution of the text after them. What the tail adds to that probability is not
-    known: it is taken to hold these bytes as often as the row's own tokens do, so that the tail keeps its share.
+    known: it is taken to hold these bytes as often as the row's own tokens do, so that the tail keeps its share. A
+    token that goes on but has no image is among them, and its probability joins the tail, as without consumed bytes.
 
     Gold chain: with gold_logprobs float[...] (log-probability from this source row on that its true tokens spell the
     true next target token; −inf: none) and labels int32[...] (that target token), probability is moved from the image
@@ -99,7 +101,7 @@ def map_rows(
         arguments.shape(name, array, ids.shape[:-1], f"the leading dimensions of ids {ids.shape}")
     c = jnp.zeros(valid.shape, jnp.int32) if consumed is None else consumed
     probs = _probabilities(ids, logprobs)
-    listed = jnp.minimum(jnp.sum(probs, -1), 1.0)  # the rest is the tail
+    norm = jnp.ones(valid.shape, jnp.float32)
     images = jnp.where(jnp.isfinite(logprobs), _lookup(table.ids, ids, c[..., None], -1), -1)
     if consumed is not None:
         if source_labels is None:
@@ -108,11 +110,13 @@ def map_rows(
         follows = _lookup(table.prefix_hash, ids, c[..., None], 0) == begun[..., None]
         images = jnp.where((c[..., None] == 0) | follows, images, -1)
         valid = valid & (c < table.ids.shape[1])
+        listed = jnp.minimum(jnp.sum(probs, -1), 1.0)  # the rest is the tail
+        going_on = jnp.sum(jnp.where(follows, probs, 0.0), -1)
+        norm = jnp.where((c > 0) & (going_on > 0), going_on / jnp.where(listed > 0, listed, 1.0), 1.0)
     probs = jnp.where(images >= 0, probs, 0.0)
     images, probs = merge_repeated(images, probs, collisions)
     kept = jnp.sum(probs, -1)
     valid = valid & (kept > 0)
-    norm = jnp.where((c > 0) & valid, kept / jnp.where(valid, listed, 1.0), 1.0)
     probs = probs / norm[..., None]
     mass = jnp.minimum(kept / norm, 1.0)
     if gold_logprobs is not None:

@@ -330,7 +330,7 @@ def test_goes_on_after_an_interruption(make_job, monkeypatch, at):
 
     with monkeypatch.context() as patch:
         if at in ("table", "report"):
-            name = {"table": "token_map.npz", "report": "report.json"}[at]
+            name = {"table": "token_table.npz", "report": "report.json"}[at]
             whole_write = alignment.stage.write_atomically
             patch.setattr(
                 alignment.stage,
@@ -392,8 +392,8 @@ def test_a_missing_or_damaged_token_map(make_job):
     with pytest.raises(UserError, match="run the stage `align` first"):
         load_token_table(folder)
     alignment.run(job)
-    (folder / "token_map.npz").write_bytes(b"PK\x03\x04 damaged")
-    with pytest.raises(UserError, match=r"token_map.npz: cannot be read"):
+    (folder / "token_table.npz").write_bytes(b"PK\x03\x04 damaged")
+    with pytest.raises(UserError, match=r"token_table.npz: cannot be read"):
         load_token_table(folder)
 
 
@@ -402,7 +402,7 @@ def test_a_missing_or_damaged_token_map(make_job):
 def test_a_damaged_token_map_is_made_again(make_job, damage, report):
     job = make_job()
     alignment.run(job)
-    path = job.folder / "alignment/other/token_map.npz"
+    path = job.folder / "alignment/other/token_table.npz"
     whole = path.read_bytes()
     middle = len(whole) // 2
     damaged = {"other bytes": b"damaged", "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}

@@ -76,8 +76,10 @@ def test_columns_hold_what_is_left_of_each_token():
             rest = (piece or b"")[c:]
             if rest:
                 assert table.ids[v, c] == target.map_bytes([rest])[0]
+                assert table.prefix_hash[v, c] == prefix_hashes(source, columns)[v, c] != 0
             else:
                 assert table.ids[v, c] == -1
+                assert table.prefix_hash[v, c] == 0
 
 
 def test_hashes_are_equal_where_the_first_bytes_are():
