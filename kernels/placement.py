@@ -22,6 +22,11 @@ class Placement(NamedTuple):
     embed: str
 
     @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`: the mesh's, which need not be here."""
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
+
+    @property
     def batch_shards(self) -> int:
         """Over how many devices the tokens are split."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch)

@@ -86,7 +86,8 @@ def topk_unembed(
     if implementation == "reference":
         out = reference.topk_unembed(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size, **options)
     else:
-        search = partial(_search(implementation, interpret), block=block, **options)
+        platform = jax.default_backend() if placement is None else placement.platform
+        search = partial(_search(implementation, interpret, platform), block=block, **options)
         if placement is None:
             found = search(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size)
         else:
@@ -96,9 +97,9 @@ def topk_unembed(
     return TopK(*(x.reshape(lead + x.shape[1:]) for x in out))
 
 
-def _search(implementation: Implementation, interpret: bool) -> Search:
+def _search(implementation: Implementation, interpret: bool, platform: str) -> Search:
     if implementation != "tpu":
-        return xla.topk_unembed
+        return partial(xla.topk_unembed, platform=platform)
     from fusejax.kernels.topk_unembed import tpu
 
     return partial(tpu.topk_unembed, interpret=interpret)

@@ -3,6 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fusejax.kernels.topk_unembed import topk_unembed
+from fusejax.kernels.topk_unembed.xla import _largest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def inputs(T=7, D=16, V=300, dtype=jnp.float32, seed=0):
@@ -66,6 +69,30 @@ def test_ties_go_to_the_lower_id_across_blocks(block):
     table = jnp.zeros((2, 16)).at[:, 5].set(1.0).at[:, 11].set(1.0)
     out = topk_unembed(jnp.ones((1, 2)), table, k=6, block=block)
     assert out.ids[0].tolist() == [5, 11, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("T", "V", "k"), [(513, 700, 3), (1024, 1300, 10), (3, 4000, 1), (2, 4001, 32), (5, 64, 64)])
+def test_search_by_groups_and_by_some_tokens_at_a_time(T, V, k):
+    hidden, table, labels = inputs(T=T, V=V, D=4)
+    out = topk_unembed(hidden, table, labels, k=k)
+    ids, logprobs, lse, ce = dense(hidden, table, np.asarray(labels), k, V)
+    np.testing.assert_allclose(out.logprobs, logprobs, atol=1e-5)
+    np.testing.assert_allclose(out.log_normalizer, lse, atol=1e-5)
+    np.testing.assert_allclose(out.ce, ce, atol=1e-5)
+    found = np.take_along_axis(np.asarray(hidden, np.float64) @ np.asarray(table, np.float64), np.asarray(out.ids), 1)
+    np.testing.assert_allclose(found - lse[:, None], logprobs, atol=1e-5)  # rounding may change the order of two
+    assert (np.asarray(out.ids) == ids).mean() > 0.99
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(40, 3000), st.sampled_from([0, 1, 5, 100]))
+@settings(max_examples=30, deadline=None)
+def test_the_largest_by_groups_are_those_of_top_k(seed, k, size, kinds):
+    """With many ties, and −inf among them; kinds 0: all different."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(3, size)) if not kinds else rng.integers(0, kinds, (3, size))
+    x = jnp.asarray(np.where(rng.random((3, size)) < rng.random(), -np.inf, x), jnp.float32)
+    for ours, theirs in zip(_largest(x, k), jax.lax.top_k(x, k), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_leading_dimensions_and_no_top_k():
