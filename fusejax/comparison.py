@@ -51,20 +51,17 @@ def read(folder: str | Path) -> Run:
     if paths.at(folder).is_file():
         raise UserError(f"{folder}: is a file; give the output folder of a finished job, or its CONFIG.yaml")
     path = paths.at(folder) / "report.json"
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no report there; {folder} should be the output folder of a finished job") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_ANEW}") from None
-    try:
-        whole = {"alignment", "training", "config"} <= found.keys()
-        whole &= all("average" in values for values in found["evaluation"]["bits_per_byte"].values())
-    except (AttributeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: is no report of a job, which has config, training, alignment, evaluation; {_ANEW}")
+    found = outputs.read_object(path, dict.fromkeys(("config", "training", "alignment", "evaluation"), dict), _ANEW)
+    if found is None:
+        raise UserError(f"{path}: no report there; {folder} should be the output folder of a finished job")
+    scores = found["evaluation"].get("bits_per_byte")
+    if not isinstance(scores, dict) or not all(_is_score(values) for values in scores.values()):
+        raise UserError(f"{path}: is damaged, its evaluation.bits_per_byte has no averages; {_ANEW}")
     return Run(paths.at(folder), found)
+
+
+def _is_score(values: Any) -> bool:
+    return isinstance(values, dict) and "average" in values
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:

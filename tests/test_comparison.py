@@ -87,10 +87,11 @@ def test_columns_are_in_the_order_of_the_runs(runs):
 @pytest.mark.parametrize(("content", "message"), [
     (None, "no report there"),
     ("{", "report.json: cannot be read (Expecting"),
-    ("{}", "report.json: is no report of a job, which has config, training, alignment, evaluation; run"),
-    ("[]", "is no report of a job"),
-    ("null", "is no report of a job"),
-    ('{"evaluation": {"bits_per_byte": 3}, "config": {}, "training": {}, "alignment": {}}', "is no report of a job"),
+    ("{}", "report.json: is damaged, it has no config; run"),
+    ("[]", "is damaged, it has no config"),
+    ("null", "is damaged, it has no config"),
+    ('{"evaluation": {"bits_per_byte": 3}, "config": {}, "training": {}, "alignment": {}}', "has no averages; run"),
+    ('{"evaluation": {"bits_per_byte": {"a": 1}}, "config": {}, "training": {}, "alignment": {}}', "has no averages"),
 ])  # fmt: skip
 def test_a_folder_without_a_report_is_named(tmp_path, capsys, content, message):
     if content is not None:
