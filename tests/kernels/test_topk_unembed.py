@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fusejax.kernels.topk_unembed import topk_unembed
-from fusejax.kernels.topk_unembed.xla import _largest
+from fusejax.kernels.topk_unembed import topk_unembed, xla
+from fusejax.kernels.topk_unembed.candidates import finish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +84,21 @@ def test_search_by_groups_and_by_some_tokens_at_a_time(T, V, k):
     assert (np.asarray(out.ids) == ids).mean() > 0.99
 
 
+@pytest.mark.parametrize("block", [64, 300, None])
+def test_accelerators_search_all_tokens_at_once(block):
+    hidden, table, labels = inputs(T=600)
+    options = {"k": 10, "vocab_size": 300, "logit_scale": 1.0, "logit_cap": None, "block": block}
+    found = [
+        finish(xla.topk_unembed(hidden, table, labels, platform=platform, **options), labels)
+        for platform in ("tpu", "gpu", "cpu")
+    ]
+    expected = dense(hidden, table, np.asarray(labels), 10, 300)
+    for out in found:
+        np.testing.assert_array_equal(out.ids, expected[0])
+        np.testing.assert_allclose(out.logprobs, expected[1], atol=1e-5)
+        np.testing.assert_allclose(out.ce, expected[3], atol=1e-5)
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(40, 3000), st.sampled_from([0, 1, 5, 100]))
 @settings(max_examples=30, deadline=None)
 def test_the_largest_by_groups_are_those_of_top_k(seed, k, size, kinds):
@@ -91,7 +106,7 @@ def test_the_largest_by_groups_are_those_of_top_k(seed, k, size, kinds):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(3, size)) if not kinds else rng.integers(0, kinds, (3, size))
     x = jnp.asarray(np.where(rng.random((3, size)) < rng.random(), -np.inf, x), jnp.float32)
-    for ours, theirs in zip(_largest(x, k), jax.lax.top_k(x, k), strict=True):
+    for ours, theirs in zip(xla._largest(x, k), jax.lax.top_k(x, k), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
