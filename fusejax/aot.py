@@ -306,6 +306,8 @@ def abstract_batch(config: Config, n_sources: int, mesh: jax.sharding.Mesh) -> d
             "source_labels": ((B, L, S), jnp.int32),
             "source_ce": ((B, L, S), jnp.float32),
         }
+        if config.fusion.gate and config.fusion.ce_unit == "byte":
+            shapes["label_bytes"] = ((B, L), jnp.int32)
         if config.alignment.gold_chain:
             shapes["gold_logprobs"] = ((B, L, S), jnp.float32)
     rows = sharding.batch_sharding(mesh)

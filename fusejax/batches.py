@@ -170,6 +170,8 @@ class Batches:
         out["source_consumed"] = np.zeros((B, L, S), np.int32)
         out["source_labels"] = np.full((B, L, S), -1, np.int32)
         out["source_ce"] = np.full((B, L, S), np.inf, np.float32)
+        if self._config.fusion.gate and self._config.fusion.ce_unit == "byte":
+            out["label_bytes"] = np.zeros((B, L), np.int32)
         if self._config.alignment.gold_chain:
             out["gold_logprobs"] = np.full((B, L, S), -np.inf, np.float32)
         return out
@@ -188,6 +190,8 @@ class Batches:
         out["positions"][b, span] = np.arange(span.stop - span.start)
         # The BOS row has no row of a source beside it.
         text = slice(at + int(self._tokenizer.adds_bos), at + n)
+        if "label_bytes" in out:  # of the text that sources are measured on, too: after the first token, without EOS
+            out["label_bytes"][b, text.start : text.stop - 1] = np.diff(record["boundaries"])
         for s, source in enumerate(self._sources):
             for name, array in source.rows(document, record).items():
                 out[name][(b, text, s) if array.ndim == 1 else (b, text, s, slice(array.shape[1]))] = array

@@ -113,6 +113,7 @@ class FusionConfig(Section):
     weighting: Literal["softmax", "reference"] = "softmax"  # reference: softmax(exp(-CE)), as the paper's code has it
     weights: tuple[float, ...] | None = None  # kind fixed: one weight for each source
     merge: PairMergeConfig | None = None  # kind pairwise: how the copies are merged
+    gate: Literal["target"] | None = None  # target: no source counts where the model in training has a lower CE
 
 
 class LossConfig(Section):

@@ -44,6 +44,13 @@ def check_fusion(config: "Config") -> None:
         raise ValueError("fusion.window: only used with fusion.level 'token'")
     if fusion.weighting == "reference" and fusion.kind != "avg_ce" and not config.compat:
         raise ValueError("fusion.weighting: only used with fusion.kind 'avg_ce'")
+    if fusion.gate and config.compat:
+        raise ValueError(f"fusion.gate: compat {config.compat!r} knows no gate")
+    if fusion.gate and fusion.ce_unit == "token":
+        raise ValueError(
+            "fusion.gate: compares cross-entropies of the same text; fusion.ce_unit should be 'byte' or 'aligned', "
+            "not 'token'"
+        )
     if config.compat and fusion.kind not in ("min_ce", "avg_ce"):
         raise ValueError(f"compat: {config.compat!r} knows no fusion.kind {fusion.kind!r}; use min_ce or avg_ce")
     _check_pairs(config)
@@ -108,6 +115,7 @@ def check_conversations(config: "Config") -> None:
         raise ValueError("evaluation.corpus.messages_key: should be set, as it is in `corpus`")
     wrong = {
         "compat": config.compat is not None,
+        "fusion.gate": config.fusion.gate is not None,
         "fusion.ce_unit: 'token'": config.fusion.ce_unit == "token",
     }
     for key, given in wrong.items():

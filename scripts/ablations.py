@@ -31,7 +31,7 @@ from fusejax.errors import Resumable, UserError
 from fusejax.progress import say
 
 # Metrics of which a result keeps the mean over all steps, and those of which it keeps every step.
-MEANS = ("fallback", "mass_kept", "target_entropy")
+MEANS = ("fallback", "gated", "mass_kept", "target_entropy")
 CURVES = ("loss", "clm_loss", "fusion_loss", "tokens")
 
 

@@ -117,6 +117,26 @@ def test_source_rows_stand_beside_the_tokens_they_predict(make_ready, tiny_model
     assert (consumed > 0) == (rows == "inside")
 
 
+@pytest.mark.parametrize("target", ["coarse", "fine"])
+def test_bytes_of_the_labels_are_those_that_sources_are_measured_on(make_ready, tiny_models, target):
+    job = make_ready(target=tiny_models[target], fusion={"gate": "target"})
+    batches, tokenizer = Batches(job), Tokenizer.load(tiny_models[target])
+    front = int(target == "fine")
+    for step in range(len(batches)):
+        batch = batches.batch(step)
+        for b, at, n, document in spans(batches, step):
+            boundaries = tokenizer.encode(ALL_TEXTS[document])[1]
+            bytes_ = batch["label_bytes"][b, at : at + n]
+            assert bytes_.sum() == boundaries[-1] - boundaries[0]
+            assert bytes_.tolist() == [0] * front + np.diff(boundaries).tolist() + [0] * (
+                n - front - len(boundaries) + 1
+            )
+        assert (batch["label_bytes"][batch["segment_ids"] == 0] == 0).all()
+    assert "label_bytes" not in Batches(
+        make_ready(output="aligned", fusion={"gate": "target", "ce_unit": "aligned"})
+    ).batch(0)
+
+
 def test_gold_chain_can_be_left_out_and_tables_match_the_sources(make_ready):
     job = make_ready(alignment={"gold_chain": False})
     assert "gold_logprobs" not in Batches(job).batch(0)

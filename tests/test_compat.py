@@ -95,7 +95,7 @@ def test_loss_is_that_of_the_published_arithmetic(kind, temperature):
         )
         batch = make_batch(seed)
         total, sums = batch_sums(job, model, batch, tables, jnp.float32(0.6))
-        values = means(sums)
+        values = means(job, sums)
         want = published_loss(batch, images, hidden @ unembedding, kind, 0.6, temperature)
         assert float(total / sums["loss"].count) == float(values["loss"]) == pytest.approx(want, rel=1e-6)
         if kind == "min_ce":

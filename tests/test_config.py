@@ -65,6 +65,7 @@ def test_dump_round_trips(path, overrides):
         ("fusion={kind: fixed, weights: [1, .inf]}", r"fusion.weights.1: .*finite number"),
         ("fusion={kind: fixed, weights: [1.e-60, 0]}", "fusion.weights: each should be 0, or between .* got 1e-60"),
         ("fusion.window=4", "only used with fusion.level 'token'"),
+        ("fusion={gate: target, ce_unit: token}", "should be 'byte' or 'aligned', not 'token'"),
         ("fusion.weighting=reference", "only used with fusion.kind 'avg_ce'"),
         ("fusion={kind: avg_ce, temperature: .inf}", "fusion.temperature: .*finite number"),
         ("fusion={kind: avg_ce, temperature: 1.e-45}", "fusion.temperature: .*greater than or equal to 0.001"),

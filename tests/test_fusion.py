@@ -302,10 +302,32 @@ def test_wrong_arguments_are_named():
     ({"kind": "fixed", "weights": (0.0, 0.0, 0.0)}, "^weights: should not all be 0"),
     ({"mass": np.zeros((2, 3))}, r"^mass: shape \(2, 3\) should be"),
     ({"fallback_ids": np.zeros(99, np.int32)}, "^fallback_ids: shape"),
+    ({"target_ce": np.zeros(99, np.float32)}, "^target_ce: shape"),
 ])  # fmt: skip
 def test_wrong_options_of_fuse_are_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         fusion.fuse(*example(0), **options)
+
+
+@given(seeds, st.sampled_from(["min_ce", "avg_ce"]), st.sampled_from(["gold", "skip"]))
+@few
+def test_sources_that_the_target_has_overtaken_count_as_not_valid(seed, kind, fallback):
+    ids, probs, valid, ce, labels = example(seed)
+    target_ce = np.random.default_rng(seed).random(N).astype(np.float32) * 5
+    gated = fusion.fuse(ids, probs, valid, ce, labels, kind=kind, fallback=fallback, target_ce=target_ce)
+    ahead = ce < target_ce[:, None]
+    want = fusion.fuse(ids, probs, valid & ahead, ce, labels, kind=kind, fallback=fallback)
+    for mine, theirs in zip(gated[:-1], want[:-1], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(gated.gated, valid.any(-1) & ~(valid & ahead).any(-1))
+    assert np.asarray(gated.fallback)[np.asarray(gated.gated)].all()
+    if kind == "min_ce" and fallback == "skip":
+        # The best source stays where it is ahead: nothing changes but for rows that the target predicts better.
+        alike = (np.asarray(gated.source_weights) == fusion.fuse(
+            ids, probs, valid, ce, labels, kind=kind, fallback=fallback).source_weights).all(-1)  # fmt: skip
+        assert (alike | np.asarray(gated.gated)).all()
+    never = fusion.fuse(ids, probs, valid, ce, labels, target_ce=np.full(N, np.inf, np.float32))
+    assert not np.asarray(never.gated).any()
 
 
 @pytest.mark.parametrize("at", range(5))
@@ -324,6 +346,24 @@ def test_traced_weights_are_not_checked():
         return fusion.fuse(*arrays, kind="fixed", weights=weights, temperature=temperature).source_weights
 
     np.testing.assert_allclose(run(jnp.array([0.0, 0.0, 2.0]), 0.0)[:, 2], 1.0)
+
+
+@given(seeds, st.sampled_from(["document", "token", "block"]))
+@few
+def test_the_targets_ce_per_byte(seed, level):
+    """The nats of the rows around over the bytes that they predict, in float64."""
+    rng = np.random.default_rng(seed)
+    ce, units = rng.random((2, 9)), rng.integers(0, 4, (2, 9))
+    segments = np.sort(rng.integers(0, 4, (2, 9)), axis=1)[:, ::-1].copy()
+    found = fusion.average_per_unit(jnp.float32(ce), jnp.asarray(units), jnp.asarray(segments), level, window=3)
+    for b, t in itertools.product(range(2), range(9)):
+        alike = segments[b] == segments[b, t] if level != "block" else segments[b] > 0
+        if level == "token":
+            alike &= np.abs(np.arange(9) - t) <= 1
+        alike &= (segments[b] > 0) & (units[b] > 0)
+        if segments[b, t]:
+            want = ce[b, alike].sum() / units[b, alike].sum() if alike.any() else np.inf
+            assert found[b, t] == pytest.approx(want, rel=1e-5)
 
 
 def test_aligned_ce():
@@ -412,10 +452,11 @@ def test_fusion_sums():
         source_weights=jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]),
         fallback=jnp.array([False, True, False]),
         mass=jnp.array([0.5, 0.0, 0.25]),
+        gated=jnp.array([False, True, True]),
     )
     sums = fusion.fusion_sums(fused, jnp.array([True, True, False]))
     assert sums.won.tolist() == [1, 0]
-    assert (float(sums.fallback), float(sums.mass), float(sums.count)) == (1, 0.5, 2)
+    assert (float(sums.fallback), float(sums.gated), float(sums.mass), float(sums.count)) == (1, 1, 0.5, 2)
 
 
 @pytest.mark.parametrize("kind", ["min_ce", "avg_ce"])

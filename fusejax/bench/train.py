@@ -127,6 +127,8 @@ def _synthetic(job: Config) -> tuple[Arrays, Tables, int]:
         batch["source_logprobs"][:] = -1 - np.arange(job.cache.top_k) * np.log(2)
         batch["source_valid"][:] = True
         batch["source_ce"][:] = random.random(batch["source_ce"].shape)
+    if "label_bytes" in batch:
+        batch["label_bytes"][:, :-1] = 4
     if "gold_logprobs" in batch:
         batch["gold_logprobs"][:] = -1
     columns = MAX_CONSUMED + 1 if job.alignment.rows == "inside" else 1

@@ -66,7 +66,7 @@ def variant(config: Config, name: str) -> Config:
         best = best_source(config)
         say(f"baseline distill: from {best.label}, the best source on the training text")
         values["sources"] = [best.model_dump(mode="json")]
-        values["fusion"] |= {"kind": "min_ce", "weights": None, "temperature": 1.0}
+        values["fusion"] |= {"kind": "min_ce", "weights": None, "temperature": 1.0, "gate": None}
     elif name == "exact":
         values["alignment"] |= {"rows": "exact", "tokens": "exact", "gold_chain": False}
     elif name == "avg_ce":
@@ -74,6 +74,7 @@ def variant(config: Config, name: str) -> Config:
     else:
         values["compat"] = "fusellm"
         values["fusion"] |= {"kind": "min_ce", "weights": None, "temperature": 1.0, "window": FusionConfig().window}
+        values["fusion"]["gate"] = None
         for section, keys in COMPAT["fusellm"].items():
             for key in keys:
                 del values[section][key]

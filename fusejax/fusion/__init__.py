@@ -18,7 +18,7 @@ from fusejax.fusion.combining import (
     fusion_sums,
 )
 from fusejax.fusion.mapping import Collisions, MappedRows, Tail, TokenTable, map_rows, merge_repeated
-from fusejax.fusion.weighing import Kind, Level, Weighting, aligned_ce, average_ce, source_weights
+from fusejax.fusion.weighing import Kind, Level, Weighting, aligned_ce, average_ce, average_per_unit, source_weights
 
 __all__ = [
     "Collisions",
@@ -33,6 +33,7 @@ __all__ = [
     "Weighting",
     "aligned_ce",
     "average_ce",
+    "average_per_unit",
     "fuse",
     "fuse_sources",
     "fusion_sums",

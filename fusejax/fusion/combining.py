@@ -23,6 +23,7 @@ class FusedRows(NamedTuple):
     source_weights: float32[..., S]: the weight of each source, one-hot for `min_ce`; all 0 where none took part.
     fallback: bool[...]: the target is nothing but the one-hot true next token, for want of an aligned source row.
     mass: float32[...]: the weighted mean of the sources' mass kept (0 for fallback rows).
+    gated: bool[...]: a fallback because no source has a lower CE than the target; all False without `target_ce`.
     """
 
     ids: Array
@@ -30,6 +31,7 @@ class FusedRows(NamedTuple):
     source_weights: Array
     fallback: Array
     mass: Array
+    gated: Array
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +39,12 @@ class FusedRows(NamedTuple):
 class FusionSums:
     """Sums over rows, float32, to be divided by `count` after they were added over devices and steps.
 
-    won: float32[S] weight given to each source on rows that are no fallback; fallback, mass, count: float32[].
+    won: float32[S] weight given to each source on rows that are no fallback; fallback, gated, mass, count: float32[].
     """
 
     won: Array
     fallback: Array
+    gated: Array
     mass: Array
     count: Array
 
@@ -61,6 +64,7 @@ def fuse(
     fallback: Fallback = "gold",
     fallback_ids: Array | None = None,
     mass: Array | None = None,
+    target_ce: Array | None = None,
 ) -> FusedRows:
     """Fuse S sources' mapped rows: P = Σ_s w_s · P_s (FuseLLM, section 3.3), the weights from `source_weights`.
 
@@ -70,7 +74,8 @@ def fuse(
     no source does gets the one-hot label, so that its fusion loss is its CLM loss and rows keep equal weight.
     fallback_ids int32[...] takes the label's place in these one-hot rows (the paper's code puts the current token).
     mass float[..., S] is averaged into the result. `min_ce` gives rows of M entries, the others S·M.
-    half_rewards: see `source_weights`.
+    half_rewards: see `source_weights`. target_ce float[...] (the target's own, in the unit of ce): a source whose CE is
+    not below it counts as not valid, for there is nothing to learn from it.
 
     What ids and probs hold is not checked and goes through as it is: ids of V or more, NaN, sums above 1 (`fusion_loss`
     says what becomes of them there). A label of −1 makes an empty one-hot row; a CE that is not finite counts as the
@@ -89,9 +94,13 @@ def fuse(
     arguments.shape("probs", probs, ids.shape, "that of ids")
     for name, array in {"valid": valid, "ce": ce, "mass": mass}.items():
         arguments.shape(name, array, ids.shape[:-1], f"[..., S] of ids {ids.shape}")
-    arguments.shape("fallback_ids", fallback_ids, lead, "that of labels")
+    for name, array in {"fallback_ids": fallback_ids, "target_ce": target_ce}.items():
+        arguments.shape(name, array, lead, "that of labels")
     arguments.one_of("fallback", fallback, get_args(Fallback))
     gold = labels if fallback_ids is None else fallback_ids
+    reached = jnp.any(valid, -1)
+    if target_ce is not None:
+        valid = valid & (ce < target_ce[..., None])
     takes_part = valid if fallback == "skip" else jnp.ones_like(valid)
     weights_S = source_weights(
         ce,
@@ -122,7 +131,7 @@ def fuse(
     mean_mass = jnp.zeros(labels.shape, jnp.float32)
     if mass is not None:
         mean_mass = jnp.sum(jnp.where(valid, mass * weights_S, 0.0), -1)
-    return FusedRows(ids, probs, weights_S, is_fallback, mean_mass)
+    return FusedRows(ids, probs, weights_S, is_fallback, mean_mass, reached & ~jnp.any(valid, -1))
 
 
 def _one_hot_rows(labels: Array, width: int) -> tuple[Array, Array]:
@@ -140,6 +149,7 @@ def fuse_sources(
     labels: Array,
     *,
     source_ce: Array | None = None,
+    target_ce: Array | None = None,
     source_consumed: Array | None = None,
     source_labels: Array | None = None,
     gold_logprobs: Array | None = None,
@@ -163,7 +173,7 @@ def fuse_sources(
     optional source_consumed, source_labels int32[..., S] and gold_logprobs float[..., S], see `map_rows`. source_ce
     float[..., S] decides between sources; where it is None the CE on the target's own tokens does (`aligned_ce`,
     averaged by `average_ce` with `level` and `window`), which needs vocab_size, segment_ids int32[B, L] and leading
-    dimensions [B, L]. Raises ValueError as `map_rows` and `fuse` do.
+    dimensions [B, L]. target_ce float[...]: see `fuse`. Raises ValueError as `map_rows` and `fuse` do.
     """
     lead, S = labels.shape, len(tables)
     why = f"for labels of shape {lead} and {S} tables"
@@ -213,6 +223,7 @@ def fuse_sources(
         fallback=fallback,
         fallback_ids=fallback_ids,
         mass=mass,
+        target_ce=target_ce,
     )
 
 
@@ -224,6 +235,7 @@ def fusion_sums(fused: FusedRows, mask: Array) -> FusionSums:
     return FusionSums(
         won=jnp.sum(fused.source_weights * own[..., None], axes),
         fallback=jnp.sum(mask * fused.fallback),
+        gated=jnp.sum(mask * fused.gated),
         mass=jnp.sum(fused.mass * mask),
         count=jnp.sum(mask),
     )

@@ -54,6 +54,19 @@ def average_ce(ce: Array, segment_ids: Array, level: Level, window: int = 16) ->
     return jnp.where(n > 0, total / jnp.maximum(n, 1.0), jnp.inf)
 
 
+def average_per_unit(ce: Array, units: Array, segment_ids: Array, level: Level, window: int = 16) -> Array:
+    """`average_ce` of a model's own rows in nats a unit: what compares with a source's CE per byte.
+
+    ce float[B, L] of single rows, units [B, L]: bytes of the tokens that they predict (0: the row is left out),
+    segment_ids int32[B, L] → float32[B, L], inf where nothing is left.
+    """
+    arguments.shape("units", units, ce.shape, "that of ce")
+    both = jnp.stack([ce, units.astype(ce.dtype)], -1)
+    both = average_ce(jnp.where((units > 0)[..., None], both, jnp.inf), segment_ids, level, window)
+    known = jnp.isfinite(both[..., 1])
+    return jnp.where(known, both[..., 0] / jnp.where(known, both[..., 1], 1.0), jnp.inf)
+
+
 def _window_sums(values: Array, counts: Array, segment_ids: Array, window: int) -> tuple[Array, Array]:
     L, segment_ids = values.shape[1], jnp.asarray(segment_ids)
     before, after = (window - 1) // 2, window // 2

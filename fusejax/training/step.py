@@ -12,7 +12,7 @@ from fusejax import fusion, loss, sharding
 from fusejax import optimizer as optimizers
 from fusejax.config import Config
 from fusejax.training import guard, tuning
-from fusejax.training.targets import fuse_batch, fusion_weights
+from fusejax.training.targets import fuse_batch, fusion_weights, target_ce
 
 Batch = dict[str, jax.Array]
 State = dict[str, Any]
@@ -46,7 +46,7 @@ def make_step(
 
         gradients, sums = accumulate(sums_of, state["params"], batch, config, mesh)
         gradients = tuning.mask_frozen(config, gradients)
-        values = means(sums, config.loss.model_entropy)
+        values = means(config, sums)
         values["gradient_norm"] = optimizers.global_norm(gradients)
         values["learning_rate"] = schedule(state["step"] - state["guard"]["skipped"])  # skipped steps do not count
         values["weight_clm"] = weight_clm
@@ -116,6 +116,9 @@ def batch_sums(
     if not tables:
         sums = loss.clm_loss(hidden_BLD, model.unembedding(), labels_BL, **of_model)
         return sums.total, {"loss": sums}
+    if config.fusion.gate:
+        own = target_ce(config, hidden_BLD, model.unembedding(), model.config.logit_softcap, batch, mesh)
+        batch = batch | {"target_ce": own}
     # A few numbers for each source and token take whole tiles of a TPU's memory: not all sequences at once.
     fuse = partial(fuse_batch, config, vocab_size=model.config.vocab_size)
     fused = sharding.one_by_one(fuse, batch, tables, mesh)
@@ -137,16 +140,18 @@ def batch_sums(
     return sums.total, {"loss": sums, "rows": fusion.fusion_sums(fused, counted)}
 
 
-def means(sums: dict[str, Any], model_entropy: bool = False) -> dict[str, jax.Array]:
+def means(config: Config, sums: dict[str, Any]) -> dict[str, jax.Array]:
     """The metrics of a batch, from its sums."""
     losses = sums["loss"]
     count = jnp.maximum(losses.count, 1.0)
     values = {"loss": losses.total / count, "clm_loss": losses.clm / count, "tokens": losses.count}
-    if model_entropy:
+    if config.loss.model_entropy:
         values["model_entropy"] = losses.model_entropy / count
     if "rows" in sums:
         rows = sums["rows"]
         n_rows = jnp.maximum(rows.count, 1.0)
         values |= {"won": rows.won / n_rows, "fallback": rows.fallback / n_rows, "mass_kept": rows.mass / n_rows}
         values |= {"fusion_loss": losses.fusion / count, "target_entropy": losses.target_entropy / count}
+        if config.fusion.gate:
+            values["gated"] = rows.gated / n_rows
     return values

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from fusejax import fusion
+from fusejax import fusion, sharding
 from fusejax.config import Config
+from fusejax.kernels.topk_unembed import topk_unembed
 
 
 def fuse_batch(
@@ -27,6 +28,7 @@ def fuse_batch(
         batch["source_valid"],
         batch["labels"],
         source_ce=None if by_aligned_ce else batch["source_ce"],
+        target_ce=batch.get("target_ce"),
         source_consumed=batch.get("source_consumed"),
         source_labels=batch.get("source_labels"),
         gold_logprobs=batch.get("gold_logprobs"),
@@ -44,6 +46,31 @@ def fuse_batch(
         fallback=config.alignment.fallback,
         fallback_ids=batch["ids"] if compat else None,
     )
+
+
+def target_ce(
+    config: Config,
+    hidden_BLD: jax.Array,
+    unembedding_DV: jax.Array,
+    logit_cap: float | None,
+    batch: dict[str, jax.Array],
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
+    """fusion.gate: the model's own cross-entropy float32[B, L], in the unit and over the rows that sources are weighed
+    by.
+
+    No gradient goes through it. It costs one more product of hidden states and unembedding.
+    """
+    found = topk_unembed(
+        jax.lax.stop_gradient(hidden_BLD),
+        jax.lax.stop_gradient(unembedding_DV),
+        batch["labels"],
+        k=0,
+        logit_cap=logit_cap,
+        placement=sharding.placement(mesh),
+    )
+    units_BL = batch["label_bytes"] if config.fusion.ce_unit == "byte" else batch["labels"] >= 0
+    return fusion.average_per_unit(found.ce, units_BL, batch["segment_ids"], config.fusion.level, config.fusion.window)
 
 
 def fusion_weights(config: Config, batch: dict[str, jax.Array], fused: fusion.FusedRows) -> jax.Array | None:

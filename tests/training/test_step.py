@@ -102,3 +102,29 @@ def test_fusing_sampled_sources(job):
     _, (exact,) = steps(job(output="exact", cache={"top_k": 256}), 1)
     assert sampled["fusion_loss"] == pytest.approx(exact["fusion_loss"], rel=0.05)
     assert sampled["mass_kept"] == pytest.approx(exact["mass_kept"], abs=0.05)
+
+
+@pytest.mark.parametrize("unit", ["byte", "aligned"])
+def test_the_gate_leaves_the_label_alone_where_the_target_is_ahead(job, unit):
+    """A source that is ahead of the target everywhere fuses as without a gate; one that is behind leaves plain CLM."""
+    open_ = job(fusion={"ce_unit": unit})
+    gated = job(output="gated", fusion={"ce_unit": unit, "gate": "target"})
+    _, (without,) = steps(open_, 1)
+    _, (values,) = steps(gated, 1)
+    assert 0 <= values["gated"] <= values["fallback"] <= 1
+    assert values["won"].sum() + values["fallback"] == pytest.approx(1)
+    assert values["clm_loss"] == pytest.approx(without["clm_loss"])
+    if unit == "aligned":
+        return  # what decides is measured in the step
+    batches = Batches(gated)
+    trainer = training.Trainer.make(gated, 1, with_sources=True)
+    batch = batches.batch(0)
+    for ce, expected in ((-1.0, without["fusion_loss"]), (np.inf, without["clm_loss"])):
+        batch["source_ce"][:] = ce
+        state = jax.tree.map(jnp.copy, trainer.state)
+        _, found = trainer.step(state, trainer.fixed, sharding.put_batch(batch, trainer.mesh), trainer.tables)
+        if ce > 0:
+            assert found["fusion_loss"] == pytest.approx(expected, rel=1e-5)
+            assert not found["won"].any()
+        else:
+            assert found["gated"] == 0
