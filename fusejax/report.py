@@ -75,6 +75,7 @@ def _training(history: list[dict[str, Any]]) -> dict[str, Any]:
     if won:
         result["rows_won"] = {key.removeprefix("won/"): mean(history, key) for key in won}
         result["rows_fallback"] = mean(history, "fallback")
+        result |= {"rows_gated": mean(history, "gated")} if "gated" in history[0] else {}
         result["mass_kept"] = mean(history, "mass_kept")
     return result
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import MAX_LENGTH, TEXTS
 
-from fusejax import alignment, models, sources
+from fusejax import alignment, aot, models, sharding, sources
 from fusejax.batches import Batches, token_counts, token_tables
 from fusejax.errors import UserError
 from fusejax.store import Store
@@ -135,6 +135,18 @@ def test_bytes_of_the_labels_are_those_that_sources_are_measured_on(make_ready, 
     assert "label_bytes" not in Batches(
         make_ready(output="aligned", fusion={"gate": "target", "ce_unit": "aligned"})
     ).batch(0)
+
+
+@pytest.mark.parametrize(
+    ("unit", "gate", "chain"), [("byte", None, True), ("byte", "target", False), ("aligned", "target", True)]
+)
+def test_programs_are_compiled_ahead_of_time_for_these_arrays(make_ready, unit, gate, chain):
+    job = make_ready(fusion={"gate": gate, "ce_unit": unit}, alignment={"gold_chain": chain})
+    declared = aot.abstract_batch(job, len(job.sources), sharding.make_mesh(job.mesh))
+    made = Batches(job).batch(0)
+    assert {name: (array.shape, array.dtype) for name, array in made.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in declared.items()
+    }
 
 
 def test_gold_chain_can_be_left_out_and_tables_match_the_sources(make_ready):

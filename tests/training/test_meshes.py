@@ -26,6 +26,7 @@ def test_meshes_give_one_curve_and_the_declared_layouts(make_job, tmp_path):
         batch={"sequences": 16, "microbatch": 8, "steps": 20},
         optimizer={"learning_rate": 3e-3},
         loss={"weight_clm": 0.5},
+        fusion={"gate": "target"},
     )
     sources.run(job)
     alignment.run(job)
