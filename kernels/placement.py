@@ -22,11 +22,6 @@ class Placement(NamedTuple):
     embed: str
 
     @property
-    def platform(self) -> str:
-        """`cpu`, `gpu` or `tpu`: the mesh's, which need not be here."""
-        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
-
-    @property
     def batch_shards(self) -> int:
         """Over how many devices the tokens are split."""
         return math.prod(self.mesh.shape[axis] for axis in self.batch)
@@ -53,6 +48,12 @@ class Placement(NamedTuple):
         first = jax.lax.axis_index(self.vocab) * width
         cut = width * self.vocab_shards > vocab_size
         return first, jnp.clip(vocab_size - first, 0, width) if cut else None
+
+
+def platform_of(placement: Placement | None) -> str:
+    """`cpu`, `gpu` or `tpu`: the mesh's, which need not be here."""
+    mesh = None if placement is None else placement.mesh
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
 def own_ids(ids: Array, first: Array | int, width: int) -> Array:

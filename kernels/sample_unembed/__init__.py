@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from fusejax.kernels.placement import Placement, on_mesh, own_ids
+from fusejax.kernels.placement import Placement, on_mesh, own_ids, platform_of
 from fusejax.kernels.sample_unembed import reference, xla
 from fusejax.kernels.sample_unembed.reference import Sampled
 from fusejax.kernels.topk_unembed import xla as search
@@ -93,8 +93,9 @@ def _on_device(
 ) -> Sampled:
     """The draws among this device's columns, then of all devices."""
     options: dict[str, Any] = {"logit_scale": logit_scale, "logit_cap": logit_cap, "block": block}
+    of_labels: dict[str, Any] = options | {"k": 0, "platform": platform_of(placement)}
     if placement is None or placement.vocab_shards == 1:
-        found = search.topk_unembed(hidden_TD, table_DW, labels_T, k=0, vocab_size=vocab_size, **options)
+        found = search.topk_unembed(hidden_TD, table_DW, labels_T, vocab_size=vocab_size, **of_labels)
         done = finish(found, labels_T)
         lse_T, before_T = done.log_normalizer, jnp.zeros(len(hidden_TD))
         ids_TR = xla.draw(hidden_TD, table_DW, uniforms_TR, lse_T, before_T, None, vocab_size=vocab_size, **options)
@@ -102,7 +103,7 @@ def _on_device(
     width = table_DW.shape[1]
     first, valid = placement.own_columns(width, vocab_size)
     own_labels_T = own_ids(labels_T, first, width)
-    own = search.topk_unembed(hidden_TD, table_DW, own_labels_T, valid, k=0, vocab_size=width, **options)
+    own = search.topk_unembed(hidden_TD, table_DW, own_labels_T, valid, vocab_size=width, **of_labels)
     done = finish(across(own, placement.vocab), labels_T)
     share_T = jnp.exp(own.lse - done.log_normalizer)
     shares_ST = jax.lax.all_gather(share_T, placement.vocab)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from fusejax.kernels.placement import Placement, on_mesh, own_ids
+from fusejax.kernels.placement import Placement, on_mesh, own_ids, platform_of
 from fusejax.kernels.topk_unembed import reference, xla
 from fusejax.kernels.topk_unembed.candidates import Candidates, across, finish
 from fusejax.kernels.topk_unembed.reference import TopK
@@ -86,8 +86,7 @@ def topk_unembed(
     if implementation == "reference":
         out = reference.topk_unembed(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size, **options)
     else:
-        platform = jax.default_backend() if placement is None else placement.platform
-        search = partial(_search(implementation, interpret, platform), block=block, **options)
+        search = partial(_search(implementation, interpret, platform_of(placement)), block=block, **options)
         if placement is None:
             found = search(hidden_TD, unembedding_DV, labels_T, vocab_size=vocab_size)
         else:
