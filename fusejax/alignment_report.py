@@ -106,10 +106,14 @@ def rows_won(report: dict[str, Any]) -> dict[str, float]:
 
 def won_by_none(report: dict[str, Any]) -> str:
     """A sentence on the rows that no source won in training; "" before it, and for pairs, each of which has its own."""
-    won = report["training"].get("fused", {}).get("rows_won")
+    training = report["training"].get("fused", {})
+    won, gated = training.get("rows_won"), training.get("rows_gated")
     if not won:
         return ""
-    return f"{100 * max(0.0, 1 - sum(won.values())):.1f}% of the rows were won by none: no source has a row there."
+    none = f"{max(0.0, 1 - sum(won.values())):.1%} of the rows were won by none:"
+    if gated is None:
+        return f"{none} no source has a row there."
+    return f"{none} no source has a row there, or none was ahead of the target ({gated:.1%})."
 
 
 def _counted(report: dict[str, Any]) -> str:

@@ -107,9 +107,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, example: str = "configs/quickstart.yaml") -> None:
     """The two arguments that every job takes."""
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration, for example configs/quickstart.yaml")
+    parser.add_argument("config", metavar="CONFIG.yaml", help=f"the configuration, for example {example}")
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="override a key, for example batch.sequences=16"
     )
@@ -139,7 +139,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         {"evaluate": evaluate_options.add, "report": add_report}.get(name, add_config)(command)
     add_config(plan_command.add_parser(commands))
     help_text = "merge the weights of models of one architecture into one (linear, SLERP, TIES, DARE, SCE, ...)"
-    add_config(commands.add_parser("merge", help=help_text, description=help_text[0].upper() + help_text[1:] + "."))
+    merge = commands.add_parser("merge", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    add_config(merge, "configs/merge-ties.yaml")
     help_text = "take over next-token distributions that the FuseLLM code saved, as a source's cache"
     imports = commands.add_parser("import", help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     imports.add_argument("dataset", metavar="DATASET", help="a folder that datasets' save_to_disk wrote")

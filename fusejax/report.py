@@ -13,11 +13,11 @@ from typing import Any
 from rich.table import Table
 
 import fusejax
-from fusejax import alignment_report, metrics, outputs, plots, store
+from fusejax import alignment_report, metrics, outputs, plots, settings, store
 from fusejax.alignment import read_report
 from fusejax.config import Config, dump
 from fusejax.progress import console, say
-from fusejax.training import read_record, run_folder, runs
+from fusejax.training import read_record, run_config, run_folder, run_settings, runs
 
 _LAST_TENTH = ("loss", "clm_loss", "fusion_loss", "target_entropy", "model_entropy")  # nats a token
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -25,12 +25,25 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy"
 
 def run(config: Config) -> None:
     """Write report.json and report.html into the output folder. Raises UserError where an earlier stage is missing."""
+    for name in runs(config):
+        _check_settings(config, name)
     histories = {name: metrics.read(run_folder(config, name)) for name in runs(config)}
     report = collect(config, histories)
     outputs.write_atomically(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
     outputs.write_atomically(config.folder / "report.html", render(config, report, histories))
     show(report)
     say(f"report: {config.folder / 'report.html'} and report.json")
+
+
+def _check_settings(config: Config, name: str) -> None:
+    """UserError where a run was made with other settings than those that the report would show."""
+    folder = run_folder(config, name)
+    record, wanted = read_record(folder), run_settings(run_config(config, name), name)
+    if record is None:
+        return
+    made = {key: value for key, value in record["inputs"].items() if key in wanted}
+    remedy = "give `report` the settings of the job, which are in its config.yaml"
+    outputs.check_inputs(folder / "training.json", made, wanted, remedy, settings.defaults(Config))
 
 
 def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

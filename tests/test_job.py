@@ -17,6 +17,7 @@ from environment import on_cpus
 
 import fusejax
 from fusejax import cli, config, progress
+from fusejax import report as report_stage
 from fusejax.errors import UserError
 
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
@@ -103,6 +104,9 @@ def test_the_whole_job_and_again(write_config, tmp_path, capsys):
     ).replace("https://matplotlib.org", "")
     model = fusejax.load(folder / "export")
     assert np.isfinite(np.asarray(model(np.array([[5, 6, 7]])))).all()
+
+    with pytest.raises(UserError, match=r"training.json: .*seed \(0 there, 5 now\).*give `report` the settings"):
+        report_stage.run(config.load(path, ["seed=5"]))
 
     load_main()([str(path)])
     out = capsys.readouterr().out

@@ -9,7 +9,7 @@ is the jitted function, `loop` runs it.
 
 from fusejax.training.exporting import export, export_run, pair_merge
 from fusejax.training.loop import run, train
-from fusejax.training.runs import PAIR, read_record, run_config, run_folder, run_inputs, runs
+from fusejax.training.runs import PAIR, read_record, run_config, run_folder, run_inputs, run_settings, runs
 from fusejax.training.state import Trainer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "run_config",
     "run_folder",
     "run_inputs",
+    "run_settings",
     "runs",
     "train",
 ]

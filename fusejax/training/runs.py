@@ -58,6 +58,17 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
         "target": models.fingerprint(config.target.model, config.target.revision),
         "tokenizer": tokenizers.for_model(config.target).fingerprint,
         "corpus": outputs.fingerprint(documents.inputs),
+    }
+    if name != "clm":
+        for source in config.sources:
+            made_from = SourceCache.of(config, source).inputs
+            inputs[f"source {source.label}"] = outputs.fingerprint(made_from)
+    return inputs | run_settings(config, name)
+
+
+def run_settings(config: Config, name: str) -> dict[str, Any]:
+    """The part of `run_inputs` that stands in the configuration itself."""
+    inputs: dict[str, Any] = {
         "seed": config.seed,
         "max_length": config.max_length,
         "compute": config.precision.compute,
@@ -67,9 +78,6 @@ def run_inputs(config: Config, name: str) -> dict[str, Any]:
     sections = ["optimizer", "batch", "lora", "guard"]
     if name != "clm" and config.sources:
         sections += ["loss", "fusion", "alignment"]
-        for source in config.sources:
-            made_from = SourceCache.of(config, source).inputs
-            inputs[f"source {source.label}"] = outputs.fingerprint(made_from)
     for section in sections:
         values = getattr(config, section)
         for key, value in (values.model_dump(mode="json") if values else {}).items():
