@@ -24,7 +24,8 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy"
 
 
 def run(config: Config) -> None:
-    """Write report.json and report.html into the output folder. Raises UserError where an earlier stage is missing."""
+    """Write report.json and report.html into the output folder. Raises UserError where an earlier stage is missing, or
+    was run with other settings."""
     for name in runs(config):
         _check_settings(config, name)
     histories = {name: metrics.read(run_folder(config, name)) for name in runs(config)}
