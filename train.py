@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distributed.start(job)  # with the other processes, where there are several
     preflight.check(job)  # what would fail after hours
     preflight.check_devices(job)
+    training.check(job)
     with distributed.locked(job.folder):
         distributed.alone("prepare", lambda: corpus.prepare(job))  # documents, tokens, boundaries
         sources.run(job)  # every source's top-k distributions

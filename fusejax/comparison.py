@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,6 +22,27 @@ from fusejax import alignment_report, metrics, outputs, paths, plots, report
 from fusejax.errors import UserError
 from fusejax.progress import console, say
 
+
+class _Training(BaseModel):
+    rows_won: dict[str, float] = {}
+    rows_gated: float | None = None
+
+
+class _Aligned(BaseModel):
+    share: float
+
+
+class _Evaluation(BaseModel):
+    bits_per_byte: dict[str, report.Scores]
+
+
+# What is read of a report.json.
+_READ = {
+    "config": dict,
+    "training": dict[str, _Training],
+    "alignment": dict[str, _Aligned],
+    "evaluation": _Evaluation,
+}
 _ANEW = "run `fusejax report CONFIG.yaml` to write it anew"
 
 
@@ -51,17 +73,10 @@ def read(folder: str | Path) -> Run:
     if paths.at(folder).is_file():
         raise UserError(f"{folder}: is a file; give the output folder of a finished job, or its CONFIG.yaml")
     path = paths.at(folder) / "report.json"
-    found = outputs.read_object(path, dict.fromkeys(("config", "training", "alignment", "evaluation"), dict), _ANEW)
+    found = outputs.read_object(path, _READ, _ANEW)
     if found is None:
         raise UserError(f"{path}: no report there; {folder} should be the output folder of a finished job")
-    scores = found["evaluation"].get("bits_per_byte")
-    if not isinstance(scores, dict) or not all(_is_score(values) for values in scores.values()):
-        raise UserError(f"{path}: is damaged, its evaluation.bits_per_byte has no averages; {_ANEW}")
     return Run(paths.at(folder), found)
-
-
-def _is_score(values: Any) -> bool:
-    return isinstance(values, dict) and "average" in values
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:

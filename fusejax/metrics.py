@@ -20,10 +20,14 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             break
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or "step" not in record or not all(map(_is_number, record.values())):
             break
         steps.append(record)
     return steps
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 class Metrics:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from fusejax import paths
 from fusejax.errors import UserError
 
@@ -163,10 +165,11 @@ def check_inputs(
         raise UserError(f"{folder}: was made with other settings: {details}; {remedy}")
 
 
-def read_object(path: Path, needed: Mapping[str, type], remedy: str) -> dict[str, Any] | None:
+def read_object(path: Path, needed: Mapping[str, Any], remedy: str) -> dict[str, Any] | None:
     """The JSON object that a stage left in a file, None where there is no file.
 
-    needed: keys that it has, with the types of their values. UserError with `remedy` where it is damaged.
+    needed: keys that it has, with the types of their values, whatever pydantic can check: `dict[str, float]`. UserError
+    with `remedy` where it is damaged.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -175,6 +178,13 @@ def read_object(path: Path, needed: Mapping[str, type], remedy: str) -> dict[str
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
     for key, kind in needed.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+        if not isinstance(found, dict) or key not in found:
             raise UserError(f"{path}: is damaged, it has no {key}; {remedy}")
+        try:
+            TypeAdapter(kind).validate_python(found[key], strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(map(str, (key, *first["loc"])))
+            problem = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{path}: is damaged, {at}: {problem}; {remedy}") from None
     return found

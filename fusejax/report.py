@@ -8,18 +8,20 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
 from rich.table import Table
 
 import fusejax
-from fusejax import alignment_report, metrics, outputs, plots, settings, store
+from fusejax import alignment_report, metrics, outputs, plots, store
 from fusejax.alignment import read_report
 from fusejax.config import Config, dump
 from fusejax.progress import console, say
-from fusejax.training import read_record, run_config, run_folder, run_settings, runs
+from fusejax.training import check_settings, read_record, run_folder, runs
 
 _LAST_TENTH = ("loss", "clm_loss", "fusion_loss", "target_entropy", "model_entropy")  # nats a token
+_OTHER_SETTINGS = "give `report` the settings of the job, which are in its config.yaml"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -27,7 +29,7 @@ def run(config: Config) -> None:
     """Write report.json and report.html into the output folder. Raises UserError where an earlier stage is missing, or
     was run with other settings."""
     for name in runs(config):
-        _check_settings(config, name)
+        check_settings(config, name, _OTHER_SETTINGS)
     histories = {name: metrics.read(run_folder(config, name)) for name in runs(config)}
     report = collect(config, histories)
     outputs.write_atomically(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
@@ -36,15 +38,14 @@ def run(config: Config) -> None:
     say(f"report: {config.folder / 'report.html'} and report.json")
 
 
-def _check_settings(config: Config, name: str) -> None:
-    """UserError where a run was made with other settings than those that the report would show."""
-    folder = run_folder(config, name)
-    record, wanted = read_record(folder), run_settings(run_config(config, name), name)
-    if record is None:
-        return
-    made = {key: value for key, value in record["inputs"].items() if key in wanted}
-    remedy = "give `report` the settings of the job, which are in its config.yaml"
-    outputs.check_inputs(folder / "training.json", made, wanted, remedy, settings.defaults(Config))
+def _with_average(values: dict[str, float]) -> dict[str, float]:
+    if "average" not in values:
+        raise ValueError("has no average")
+    return values
+
+
+Scores = Annotated[dict[str, float], AfterValidator(_with_average)]
+"""Bits per byte of one model: by domain, and `average`."""
 
 
 def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _bits_per_byte(config: Config) -> dict[str, Any]:
     found = {}
     for name in names:
         remedy = "run the stage `evaluate` again"
-        result = outputs.read_object(folder / f"{name}.json", {"bits_per_byte": dict}, remedy)
+        result = outputs.read_object(folder / f"{name}.json", {"bits_per_byte": Scores}, remedy)
         if result is not None:
             found[name] = result["bits_per_byte"]
     return found

@@ -90,10 +90,17 @@ def test_columns_are_in_the_order_of_the_runs(runs):
     ("{}", "report.json: is damaged, it has no config; run"),
     ("[]", "is damaged, it has no config"),
     ("null", "is damaged, it has no config"),
-    ('{"evaluation": {"bits_per_byte": 3}, "config": {}, "training": {}, "alignment": {}}', "has no averages; run"),
-    ('{"evaluation": {"bits_per_byte": {"a": 1}}, "config": {}, "training": {}, "alignment": {}}', "has no averages"),
+    ({"evaluation": {"bits_per_byte": 3}}, "evaluation.bits_per_byte: Input should be a valid dictionary; run"),
+    ({"evaluation": {"bits_per_byte": {"a": 1}}}, "evaluation.bits_per_byte.a: Input should be a valid dictionary"),
+    ({"evaluation": {"bits_per_byte": {"a": {"law": 1.0}}}}, "evaluation.bits_per_byte.a: has no average"),
+    ({"evaluation": {"bits_per_byte": {"a": {"average": "x"}}}}, "a.average: Input should be a valid number"),
+    ({"training": {"fused": 3}}, "is damaged, training.fused: Input should be"),
+    ({"alignment": {"x": {}}}, "is damaged, alignment.x.share: Field required"),
 ])  # fmt: skip
 def test_a_folder_without_a_report_is_named(tmp_path, capsys, content, message):
+    if isinstance(content, dict):
+        whole = {"evaluation": {"bits_per_byte": {}}, "config": {}, "training": {}, "alignment": {}}
+        content = json.dumps(whole | content)
     if content is not None:
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(SystemExit) as ended:

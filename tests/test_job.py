@@ -31,6 +31,10 @@ def load_main():
     return module.main
 
 
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def write_corpus(path, texts):
     lines = [{"text": text, "domain": domain} for domain, group in texts.items() for text in group]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -107,6 +111,10 @@ def test_the_whole_job_and_again(write_config, tmp_path, capsys):
 
     with pytest.raises(UserError, match=r"training.json: .*seed \(0 there, 5 now\).*give `report` the settings"):
         report_stage.run(config.load(path, ["seed=5"]))
+    before = files(folder)
+    with pytest.raises(UserError, match=r"training.json: .*: cache.top_k of coarse \(5 there, 4 now\).*resume=false"):
+        load_main()([str(path), "cache.top_k=4"])
+    assert files(folder) == before  # refused before a stage replaced what the run was made from
 
     load_main()([str(path)])
     out = capsys.readouterr().out

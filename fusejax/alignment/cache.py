@@ -82,4 +82,9 @@ def pack(table: TokenTable) -> bytes:
 def unpack(data: bytes) -> TokenTable:
     """A token table from `pack`'s bytes. Raises one of DAMAGED where they are not whole."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return TokenTable(arrays["ids"], arrays["prefix_hash"])
+        table = TokenTable(arrays["ids"], arrays["prefix_hash"])
+    for name, dtype in (("ids", np.int32), ("prefix_hash", np.uint32)):
+        array = getattr(table, name)
+        if array.dtype != dtype or array.shape != table.ids.shape or array.ndim != 2:
+            raise ValueError(f"{name} should be {np.dtype(dtype)}[V_source, C], is {array.dtype}{list(array.shape)}")
+    return table

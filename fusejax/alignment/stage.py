@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel
 
-from fusejax import corpus, hosts, paths, tokenizers
+from fusejax import corpus, hosts, outputs, paths, tokenizers
 from fusejax.alignment import cache
 from fusejax.alignment.causes import fallback_causes
 from fusejax.alignment.chain import GoldChain, pack_chain, unpack_chain
@@ -35,6 +36,25 @@ _REPORT = "report.json"
 _COUNTED = 4096  # about how many documents the token map `stats` counts in, evenly over the corpus
 _SAMPLE = 256  # about how many documents the report is of where there is a cache to read, evenly over the corpus
 _REPORT_FORMAT = 4
+
+
+class _Report(BaseModel):
+    """What is read of a report; see `Quality.report`."""
+
+    documents: dict[str, int]
+    rows: int
+    share: float
+    kinds: dict[str, float]
+    fallback_causes: dict[str, float]
+    empty: float | None
+    mass_kept: float | None
+    collisions: dict[str, float | None]
+    mapped_ce: float | None
+    mapped_ce_per_byte: float | None
+    source_top_ce_per_byte: float | None
+    source_ce_per_byte: float | None
+    text_ce: list[list[str | float | None]]
+    top_tokens: list[dict[str, Any]]
 
 
 def run(config: Config) -> None:
@@ -66,12 +86,10 @@ def _said(report: dict[str, Any]) -> str:
 def read_report(folder: Path, label: str) -> dict[str, Any]:
     """What the stage says of a source's alignment in the output folder `folder`: see `fusejax.alignment.quality`."""
     path = folder / "alignment" / label / _REPORT
-    try:
-        return json.loads(path.read_text("utf-8"))["report"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no alignment report here; run the stage `align` first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it and run the stage `align` again") from None
+    found = outputs.read_object(path, {"report": _Report}, "remove it and run the stage `align` again")
+    if found is None:
+        raise UserError(f"{path}: no alignment report here; run the stage `align` first")
+    return found["report"]
 
 
 def load_token_table(folder: str | Path) -> "fusion.TokenTable":

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fusejax import distributed, flops, metrics, outputs, settings, sharding
+from fusejax import distributed, flops, metrics, outputs, sharding
 from fusejax.batches import Batches
 from fusejax.checkpoint import Checkpoints
 from fusejax.config import Config, dump
@@ -15,8 +15,27 @@ from fusejax.errors import Resumable, UserError
 from fusejax.progress import progress, say, warn
 from fusejax.training import preemption
 from fusejax.training.meter import Meter
-from fusejax.training.runs import code_fingerprint, forget, read_record, run_config, run_folder, run_inputs, runs
+from fusejax.training.runs import (
+    check_record,
+    check_settings,
+    code_fingerprint,
+    forget,
+    read_record,
+    run_config,
+    run_folder,
+    run_inputs,
+    runs,
+)
 from fusejax.training.state import Trainer
+
+_ANEW = "set checkpoint.resume=false to train anew, or choose another `output`"
+
+
+def check(config: Config) -> None:
+    """UserError where a run of the job was begun with other settings, before stages replace what it was made from."""
+    if config.checkpoint.resume:
+        for name in runs(config):
+            check_settings(config, name, _ANEW)
 
 
 def run(config: Config) -> None:
@@ -51,8 +70,7 @@ def _earlier(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, 
     """What is known of an earlier start of the run, if it is to go on; UserError where it is another run."""
     record = read_record(folder) if config.checkpoint.resume else None
     if record is not None:
-        remedy = "set checkpoint.resume=false to train anew, or choose another `output`"
-        outputs.check_inputs(folder / "training.json", record["inputs"], inputs, remedy, settings.defaults(Config))
+        check_record(folder, record, inputs, _ANEW)
     return record
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import fusejax
-from fusejax import corpus, models, outputs, paths, tokenizers
+from fusejax import corpus, models, outputs, paths, settings, tokenizers
 from fusejax.config import Config
 from fusejax.source_cache import SourceCache
 
@@ -18,6 +18,7 @@ _WITHIN_ROUNDING = (
 )
 
 
+_ENTRIES = "cache.top_k of "  # and a source's label; runs of before it was recorded have it in its cache's fingerprint
 PAIR = "pair/"  # and a source's label: the run that fuses it into a copy of the target
 
 
@@ -78,6 +79,7 @@ def run_settings(config: Config, name: str) -> dict[str, Any]:
     sections = ["optimizer", "batch", "lora", "guard"]
     if name != "clm" and config.sources:
         sections += ["loss", "fusion", "alignment"]
+        inputs |= {f"{_ENTRIES}{source.label}": source.top_k or config.cache.top_k for source in config.sources}
     for section in sections:
         values = getattr(config, section)
         for key, value in (values.model_dump(mode="json") if values else {}).items():
@@ -98,6 +100,22 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """What is known of a run: "inputs", "done" and, where it is, "steps" and "throughput"; None before its start."""
     remedy = "set checkpoint.resume=false to train anew"
     return outputs.read_object(folder / "training.json", {"inputs": dict, "done": bool}, remedy)
+
+
+def check_record(folder: Path, record: dict[str, Any], wanted: dict[str, Any], remedy: str) -> None:
+    """UserError, naming what differs, where a run was begun with other inputs than those wanted."""
+    older = {key: value for key, value in wanted.items() if key.startswith(_ENTRIES)}
+    made = {**older, **record["inputs"]}
+    outputs.check_inputs(folder / "training.json", made, wanted, remedy, settings.defaults(Config))
+
+
+def check_settings(config: Config, name: str, remedy: str) -> None:
+    """UserError where a run was begun with other settings; asks for nothing that earlier stages make."""
+    folder, wanted = run_folder(config, name), run_settings(run_config(config, name), name)
+    record = read_record(folder)
+    if record is not None:
+        known = {key: value for key, value in record["inputs"].items() if key in wanted}
+        check_record(folder, {"inputs": known}, wanted, remedy)
 
 
 def forget(folder: Path) -> None:

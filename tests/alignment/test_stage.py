@@ -395,6 +395,16 @@ def test_a_missing_or_damaged_token_map(make_job):
     (folder / "token_table.npz").write_bytes(b"PK\x03\x04 damaged")
     with pytest.raises(UserError, match=r"token_table.npz: cannot be read"):
         load_token_table(folder)
+    np.savez(folder / "token_table.npz", ids=np.zeros((3, 2), np.int32), prefix_hash=np.zeros((3, 1), np.uint32))
+    with pytest.raises(UserError, match=r"prefix_hash should be uint32\[V_source, C\], is uint32\[3, 1\]\); remove"):
+        load_token_table(folder)
+    made_anew = (folder / "report.json").read_bytes()
+    for damaged in ({}, {"report": {}}, {"report": json.loads(made_anew)["report"] | {"share": None}}):
+        (folder / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"report.json: is damaged, .*; remove it and run the stage `align` again"):
+            read_report(job.folder, "other")
+    alignment.run(job)
+    assert (folder / "report.json").read_bytes() == made_anew
 
 
 @pytest.mark.parametrize("report", [True, False])
