@@ -261,7 +261,3 @@ def stage(name: str) -> Callable[[config.Config], None]:
     else:
         from fusejax.report import run as chosen
     return chosen
-
-
-if __name__ == "__main__":
-    main()

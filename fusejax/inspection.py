@@ -28,17 +28,17 @@ def show(path: str, record: int, row: int | None = None) -> None:
     files = [paths.at(path) / name for name in paths.names(paths.at(path)) if "." in name]
     with ThreadPoolExecutor(32) as pool:  # in a bucket each size is a request
         size = sum(pool.map(paths.size, files))
+    store = Store(path) if manifest["complete"] and manifest["n_records"] else None
+    if store is not None and not 0 <= record < len(store):
+        raise UserError(f"{path}: has no record {record}; the last one is {len(store) - 1}")
     state = "complete" if manifest["complete"] else "not finished"
     say(f"{path}: {manifest['n_records']} documents, {size / 1e6:.1f} MB, {state}")
     table = Table("key", "value", title="made from / summary")
     for key, value in {**manifest["inputs"], **manifest["summary"]}.items():
         table.add_row(key, str(value))
     console.print(table)
-    if not manifest["complete"] or not manifest["n_records"]:
+    if store is None:
         return
-    store = Store(path)
-    if not 0 <= record < len(store):
-        raise UserError(f"{path}: has no record {record}; the last one is {len(store) - 1}")
     fields = Table("field", "type", "value", title=f"record {record}")
     for name, value in store[record].items():
         if isinstance(value, np.ndarray):

@@ -37,9 +37,10 @@ def show(config: Config, options: Options) -> None:
     pool = f" ({aot.POOL} changes it)" if devices[0].device_kind.startswith("NVIDIA") else ""
     say(f"{options.topology}: a program can have {_gib(available)} of each device's memory{pool}")
     say(f"mesh: {sharding.described(sharding.make_mesh(config.mesh, devices))}")
-    tokens, known_by = plan.corpus_tokens(config)
+    known = plan.corpus_tokens(config)
+    tokens = known.number
     if tokens != tokens:
-        say(f"tokens of the corpus: {known_by}")
+        say(f"tokens of the corpus: {known.known_by}")
     found: list[Json] = []
     outcomes: dict[Any, tuple[Outcome, Outcome | None]] = {}
     own = aot.one_process(options.topology, devices)

@@ -14,13 +14,14 @@ from rich.table import Table
 
 from fusejax import models, preflight, tokenizers
 from fusejax.config import Config, ModelConfig
-from fusejax.corpus import local_size, read_documents
+from fusejax.corpus import encode, local_size, read_documents, split_document
 from fusejax.errors import UserError
 from fusejax.models import published
+from fusejax.packing import pack
 from fusejax.progress import console, say, warn
 
 BYTES_PER_TOKEN = 4.0  # of text, in a tokenizer that is not on this machine
-_SAMPLE = 100  # documents
+_SAMPLE, _LOOKED_AT = 200, 4000  # documents: so many, evenly over the first of the corpus
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,49 @@ def model_size(model: ModelConfig) -> Size:
     return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 65536, "by its name")
 
 
-def corpus_tokens(config: Config) -> tuple[float, str]:
-    """(tokens of the training corpus, how that is known)."""
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of the training corpus, how they are known, and the share of the training sequences that they fill."""
+
+    number: float
+    known_by: str
+    filled: float | None = None
+
+
+def corpus_tokens(config: Config) -> Tokens:
+    """As far as they are known without fetching anything."""
     size = local_size(config.corpus)
     if size is not None:
-        ratio = _bytes_per_token(config)
-        return size / ratio, f"{size / 1e6:.1f} MB of text on this machine, {ratio:.1f} bytes a token"
+        ratio, filled = _sample(config)
+        return Tokens(size / ratio, f"{size / 1e6:.1f} MB of text on this machine, {ratio:.1f} bytes a token", filled)
     if config.corpus.expected_tokens is None:
-        return float("nan"), "unknown until the corpus is fetched; set corpus.expected_tokens for a plan"
-    return float(config.corpus.expected_tokens), "corpus.expected_tokens"
+        return Tokens(float("nan"), "unknown until the corpus is fetched; set corpus.expected_tokens for a plan")
+    return Tokens(float(config.corpus.expected_tokens), "corpus.expected_tokens")
 
 
-def _bytes_per_token(config: Config) -> float:
-    """Of the first documents in the target's tokenizer, where that is on this machine."""
+def _sample(config: Config) -> tuple[float, float | None]:
+    """(bytes for each token, share of the sequences filled) of some documents in the target's tokenizer.
+
+    As far as tokenizers are on this machine: `prepare` cuts long texts, not conversations, by all of them.
+    """
     if preflight.folder_of(config.target) is None:
-        return BYTES_PER_TOKEN
-    texts = [document.text for document in islice(read_documents(config.corpus), _SAMPLE)]
-    tokens = sum(len(ids) for ids, _ in tokenizers.for_model(config.target).encode_batch(texts))
-    return sum(len(text.encode("utf-8")) for text in texts) / max(tokens, 1)
+        return BYTES_PER_TOKEN, None
+    first = list(islice(read_documents(config.corpus), _LOOKED_AT))
+    documents = first[:: max(1, len(first) // _SAMPLE)]
+    size = sum(len((document.conversation or document.text).encode("utf-8")) for document in documents)
+    all_here = all(preflight.folder_of(source) is not None for source in config.sources)
+    cut = all_here and config.corpus.messages_key is None
+    if cut:
+        known = list(tokenizers.for_config(config).values())
+        documents = [part for each in documents for part in split_document(each, known, config.max_length)]
+    target = tokenizers.for_model(config.target)
+    lengths = np.array([len(tokens["ids"]) for tokens in encode(target, documents)])
+    ratio = size / max(lengths.sum(), 1)
+    if not cut:
+        return ratio, None
+    n_extra = int(target.adds_bos) + int(target.eos_id is not None)
+    sequences = len(pack(lengths + n_extra, config.max_length, 0, 0, config.batch.packed))
+    return ratio, lengths.sum() / max(1, sequences * config.max_length)
 
 
 def top_k(config: Config, source: ModelConfig) -> int:
@@ -93,16 +119,18 @@ def show(config: Config) -> None:
     from fusejax.evaluation import baselines
 
     preflight.check(config)
-    tokens, tokens_known_by = corpus_tokens(config)
+    known = corpus_tokens(config)
+    tokens = known.number
     target = model_size(config.target)
     sources = [(source, model_size(source)) for source in config.sources]
     batch = config.batch.sequences * config.max_length
-    steps = config.batch.steps or max(1.0, tokens / batch) * config.batch.epochs
+    steps = config.batch.steps or max(1.0, tokens / (known.filled or 1.0) / batch) * config.batch.epochs
+    exact = config.batch.steps is not None or math.isnan(tokens)
     # Documents do not fill every sequence.
-    at_least = "" if config.batch.steps or math.isnan(tokens) else "at least "
-    say(f"tokens of the corpus: {readable_number(tokens)} ({tokens_known_by})")
+    about = "" if exact else "about " if known.filled else "at least "
+    say(f"tokens of the corpus: {readable_number(tokens)} ({known.known_by})")
     shape = f"{config.batch.sequences} sequences x {config.max_length} tokens"
-    say(f"training: {at_least}{readable_number(steps)} steps of {shape}")
+    say(f"training: {about}{readable_number(steps)} steps of {shape}")
 
     table = Table("stage", "work", "disk")
     total = 0.0

@@ -42,12 +42,13 @@ def texts(corpus: CorpusConfig, full: Callable[[str], bool] = lambda domain: Fal
     elif _is_tfds_folder(paths.at(corpus.path).expanduser()):
         yield from _records(corpus, *_tfds_folder(corpus))
     else:
+        found = files(corpus)
         if corpus.split != "train":
             raise UserError(
-                f"corpus.split: {corpus.split!r} means nothing for {corpus.path}; only tfds:, huggingface:, stdlib: "
-                "and TFDS folders have splits"
+                f"{corpus.path}: split {corpus.split!r} means nothing there; only tfds:, huggingface:, stdlib: and "
+                "TFDS folders have splits"
             )
-        for path, domain in files(corpus):
+        for path, domain in found:
             if corpus.domain_key is not None or not full(domain):
                 yield from _READERS[_suffix(path)](path, corpus, domain)
 
@@ -274,7 +275,7 @@ def _tfds(corpus: CorpusConfig, rest: str) -> tuple[Any, str]:
 def _source(corpus: CorpusConfig, builder: Any) -> Any:
     splits = sorted(builder.info.splits)
     if corpus.split not in splits:
-        raise UserError(f"{corpus.path}: no split {corpus.split!r} (corpus.split); it has {', '.join(splits)}")
+        raise UserError(f"{corpus.path}: no split {corpus.split!r}; it has {', '.join(splits)}")
     return builder.as_data_source(split=corpus.split)
 
 

@@ -63,7 +63,7 @@ def documents(split: str) -> Iterator[Text]:
     Raises UserError for an unknown split, or where Python came without the sources of its library.
     """
     if split not in SPLITS:
-        raise UserError(f"corpus.split: stdlib: has no split {split!r}; it has {', '.join(SPLITS)}")
+        raise UserError(f"stdlib: has no split {split!r}; it has {', '.join(SPLITS)}")
     yield from _texts(split)
 
 
@@ -107,7 +107,7 @@ def _modules() -> Iterator[tuple[str, Path]]:
         found = True
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
     if not found:
-        raise UserError(f"corpus.path: stdlib: needs the library's .py files, and {root} holds none")
+        raise UserError(f"stdlib: needs the library's .py files, and {root} holds none")
 
 
 def _code_and_docs(name: str, path: Path) -> tuple[str, str]:

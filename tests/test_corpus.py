@@ -157,7 +157,8 @@ def test_other_faults(tmp_path):
     (tmp_path / "no.jsonl.gz").write_bytes(b"plain text")
     assert "no.jsonl.gz: not a gzip file" in mistake(tmp_path / "no.jsonl.gz")
     path = write_jsonl(tmp_path / "y.jsonl", [{"text": "a"}])
-    assert "corpus.split" in mistake(path, split="test")
+    assert "y.jsonl: split 'test' means nothing there" in mistake(path, split="test")
+    assert "z.jsonl: no such corpus file" in mistake(tmp_path / "z.jsonl", split="test")
     assert "domain_key" in mistake(path, domain_key="source")
 
 

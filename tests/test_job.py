@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,9 @@ from conftest import TEXTS
 from environment import on_cpus
 
 import fusejax
-from fusejax import cli, config, progress
+from fusejax import cli, config, corpus, progress
 from fusejax import report as report_stage
+from fusejax.batches import Batches
 from fusejax.errors import UserError
 
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
@@ -132,10 +134,17 @@ def test_the_whole_job_and_again(write_config, tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing(write_config, tmp_path, capsys):
-    load_main()([str(write_config()), "--dry-run", "seed=1"])
+    path = str(write_config())
+    load_main()([path, "--dry-run", "seed=1"])
     out = capsys.readouterr().out
     assert "disk needed" in out
     assert not (tmp_path / "job").exists()
+    for changes in (["max_length=16"], ["batch.packed=false"]):  # documents are cut; one to a sequence
+        load_main()([path, "--dry-run", *changes])
+        planned = re.search(r"training: about (\d+) steps", capsys.readouterr().out)[1]
+        job = config.load(path, [*changes, f"output={tmp_path / changes[0]}"])
+        corpus.prepare(job)
+        assert int(planned) == pytest.approx(len(Batches(job, with_sources=False)), rel=0.05)
 
 
 def test_dry_run_of_the_papers_recipe(capsys):

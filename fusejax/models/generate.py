@@ -143,6 +143,11 @@ def tokens(
             f"max_tokens: a prompt of {max(lengths)} tokens and {max_tokens} more are beyond the model's {limit} "
             "positions"
         )
+    if max(lengths) + max_tokens > model.config.max_length:
+        warn(
+            f"max_tokens: a prompt of {max(lengths)} tokens and {max_tokens} more go beyond the "
+            f"{model.config.max_length} that the model was made for; it may do worse there"
+        )
     longest = _bucket(max(lengths))
     ids_BP = np.zeros((len(prompts), longest), np.int32)
     segments_BP = np.zeros_like(ids_BP)

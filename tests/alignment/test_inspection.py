@@ -99,7 +99,7 @@ def test_a_text_by_another_method(folders, capsys):
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_terminal_without_the_characters(folders, encoding):
-    command = [sys.executable, "-m", "fusejax.cli", "inspect", "alignment", "--text", TEXT]
+    command = [sys.executable, "-m", "fusejax", "inspect", "alignment", "--text", TEXT]
     done = subprocess.run(
         [*command, "--target", folders["target"], "--source", folders["source"]],
         capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": encoding},

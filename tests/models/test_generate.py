@@ -205,6 +205,13 @@ def test_values_that_make_no_sense(tiny_models, options, message):
             fusejax.generate(model, "x", **options)
 
 
+def test_beyond_the_context_it_warns(capsys):
+    next(generate.tokens(models.init(LLAMA, 0), [[1, 2, 3], [4]], 29))
+    assert capsys.readouterr().err == ""
+    next(generate.tokens(models.init(LLAMA, 0), [[1, 2, 3], [4]], 30))
+    assert "a prompt of 3 tokens and 30 more go beyond the 32 that the model was made for" in capsys.readouterr().err
+
+
 def test_empty_prompt(tiny_models):
     with pytest.raises(UserError, match="no BOS"):
         fusejax.generate(tiny_models["coarse"], "")
