@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fusejax.config import Config, KernelsConfig, MeshConfig
 from fusejax.errors import UserError
@@ -186,8 +186,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def placement(mesh: Mesh | None) -> Placement | None:
-    """How hidden states [tokens, D] and an unembedding [D, V] lie on the mesh; None on one device."""
-    if mesh is None or mesh.size == 1:
+    """How hidden states [tokens, D] and an unembedding [D, V] lie on the mesh; None on one device.
+
+    One of a platform that is not here has a placement too, for that is what says which platform a program is for.
+    """
+    if mesh is None:
+        return None
+    if mesh.size == 1 and (isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform == jax.default_backend()):
         return None
     return Placement(mesh, batch=BATCH, vocab=RULES["vocab"], embed=RULES["embed"])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from fusejax.kernels.placement import platform_of
 
 from fusejax import aot, cli, config, models, sharding
 from fusejax.models import published
@@ -68,6 +69,17 @@ def test_memory_is_the_compilers(plan, small_job, devices, topology):
         # Shapes alone say what the arguments take, but for the padding to tiles, which is much of so small a model.
         assert call.argument_bytes <= analysis.argument_size_in_bytes < 1.3 * call.argument_bytes
         assert sum(traffic["bytes"] for traffic in stage["collectives"].values()) > 0
+
+
+@pytest.mark.parametrize(("topology", "platforms"), [("v5e:1x1", ["tpu"]), ("h100:1", ["gpu", "cuda"])])
+def test_one_device_is_compiled_for_its_own_platform(plan, small_job, devices, topology, platforms):
+    """Kernels choose their blocks by the platform, which is not the one that compiles."""
+    path, options = small_job
+    placement = sharding.placement(sharding.make_mesh(config.MeshConfig(), devices(topology)))
+    assert platform_of(placement) in platforms
+    found = plan(path, topology, *options)
+    assert found["devices"] == 1
+    assert all(stage["fits"] for stage in found["stages"])
 
 
 def test_data_goes_over_two_slices(devices, plan, small_job):
