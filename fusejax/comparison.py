@@ -1,26 +1,29 @@
 """`fusejax report RUN ...`: one table over any number of finished jobs, on the terminal, as CSV, Markdown and HTML.
 
-A *group* is one job under several seeds: runs whose configurations differ in `seed` and `output` alone. Its values are
-means over the runs, with the sample standard deviation of the average. The same runs give the same bytes.
+A *group* is one job under several seeds: runs whose configurations differ in `seed` and `output` alone; a second run of
+a seed stands by itself. Its values are means over the runs, with the sample standard deviation of the average. The same
+runs give the same bytes.
 """
 
 import csv
 import html
 import io
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, FiniteFloat
 from rich.markup import escape
 from rich.table import Table
 
 from fusejax import alignment_report, metrics, outputs, paths, plots, report
 from fusejax.errors import UserError
-from fusejax.progress import console, say
+from fusejax.progress import say, show_table
+from fusejax.results import Scores
 
 
 class _Training(BaseModel):
@@ -29,20 +32,29 @@ class _Training(BaseModel):
 
 
 class _Aligned(BaseModel):
-    share: float
+    share: FiniteFloat
+    kinds: dict[str, FiniteFloat] = {}
+    fallback_causes: dict[str, FiniteFloat] = {}
+    source_top_ce_per_byte: float | None = None
+    mapped_ce_per_byte: float | None = None
 
 
 class _Evaluation(BaseModel):
-    bits_per_byte: dict[str, report.Scores]
+    bits_per_byte: dict[str, Scores]
 
 
-# What is read of a report.json.
+class _Settings(BaseModel):
+    seed: int = 0
+
+
+# What is read of a report.json; the second, where it is there: older ones have less.
 _READ = {
-    "config": dict,
+    "config": _Settings,
     "training": dict[str, _Training],
     "alignment": dict[str, _Aligned],
     "evaluation": _Evaluation,
 }
+_READ_TOO = {"name": str, "corpus": dict[str, dict[str, Any]], "source_wins": dict[str, dict[str, FiniteFloat]]}
 _ANEW = "run `fusejax report CONFIG.yaml` to write it anew"
 
 
@@ -56,6 +68,10 @@ class Run:
     @property
     def scores(self) -> dict[str, dict[str, float]]:
         return self.report["evaluation"]["bits_per_byte"]
+
+    @property
+    def seed(self) -> int:
+        return self.report["config"].get("seed", 0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ def read(folder: str | Path) -> Run:
     if paths.at(folder).is_file():
         raise UserError(f"{folder}: is a file; give the output folder of a finished job, or its CONFIG.yaml")
     path = paths.at(folder) / "report.json"
-    found = outputs.read_object(path, _READ, _ANEW)
+    found = outputs.read_object(path, _READ, _ANEW, _READ_TOO)
     if found is None:
         raise UserError(f"{path}: no report there; {folder} should be the output folder of a finished job")
     return Run(paths.at(folder), found)
@@ -81,15 +97,18 @@ def read(folder: str | Path) -> Run:
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each group by its name, in the order given."""
-    found: dict[str, list[Run]] = {}
+    found: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        settings = {k: v for k, v in run.report.get("config", {}).items() if k not in ("seed", "output")}
-        found.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+        settings = {k: v for k, v in run.report["config"].items() if k not in ("seed", "output")}
+        key, again = json.dumps(settings, sort_keys=True), 0
+        while run.seed in [other.seed for other in found.get((key, again), [])]:
+            again += 1
+        found.setdefault((key, again), []).append(run)
     named: dict[str, list[Run]] = {}
     for members in found.values():
         name = members[0].report.get("name") or members[0].folder.name
         if len(members) > 1:
-            seeds = ", ".join(str(run.report["config"].get("seed")) for run in members)
+            seeds = ", ".join(str(run.seed) for run in members)
             name = f"{name} (seeds {seeds})"
         while name in named:
             name = f"{members[0].folder}" if str(members[0].folder) not in named else f"{name}'"
@@ -186,7 +205,7 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
         if not means:
             continue
         parts += [f"<h2>{html.escape(name)}</h2>", plots.bits_per_byte({"evaluation": {"bits_per_byte": means}})]
-        histories = {model: metrics.read(folder) for model, folder in _histories(members[0]).items()}
+        histories = {model: metrics.read(folder, metrics.TRAINING) for model, folder in _histories(members[0]).items()}
         if any(histories.values()):
             seed = members[0].report.get("config", {}).get("seed")
             note = f"<p>Training loss of seed {seed}.</p>" if len(members) > 1 else ""
@@ -212,7 +231,7 @@ def _alignment(run: Run) -> str:
         for name, values in alignment.items()
     ]
     parts = [report.html_table(["source", "rows aligned", "rows won"], rows)]
-    if all("kinds" in values for values in alignment.values()):
+    if all({"kinds", "fallback_causes"} <= values.keys() for values in alignment.values()):
         parts.append(alignment_report.picture(run.report))
     parts.append(alignment_report.wins_section(run.report.get("source_wins", {})))
     return "\n".join(parts)
@@ -228,16 +247,14 @@ def run(
     for path in (csv_path, markdown_path, html_path):
         if path is not None:
             outputs.require_writable(path)
-    grouped = groups([read(folder) for folder in dict.fromkeys(folders)])
+    there = {folder if paths.is_remote(folder) else os.path.realpath(folder): folder for folder in reversed(folders)}
+    grouped = groups([read(folder) for folder in reversed(there.values())])
     columns, rows = table(grouped)
     if not rows:
         raise UserError("report: none of these runs was evaluated; give them an evaluation.corpus")
     note = unlike(grouped)
-    shown = Table(
-        "run", "model", *columns, title="bits per byte on held-out text, lower is better", caption=escape(note) or None
-    )
-    for column in shown.columns[2:]:
-        column.justify = "right"
+    title = "bits per byte on held-out text, lower is better"
+    shown = Table("run", "model", *map(escape, columns), title=title, caption=escape(note) or None)
     before = ""
     for row in rows:
         group, model, *cells = _cells(columns, row)
@@ -246,7 +263,7 @@ def run(
             shown.add_section()
         shown.add_row(escape(group) if group != before else "", escape(model), *cells)
         before = group
-    console.print(shown)
+    show_table(shown, names=2)
     made = {
         csv_path: lambda: as_csv(columns, rows),
         markdown_path: lambda: as_markdown(columns, rows, note),

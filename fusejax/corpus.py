@@ -91,16 +91,16 @@ def read_documents(corpus: CorpusConfig, counts: Counter[str] | None = None) -> 
         size[domain] += len(data)
         yield Document(name, domain, text, conversation)
     if not taken:
-        raise UserError(_none_left(corpus, domains, counts))
+        raise UserError(f"{corpus.path.rstrip(':')}: {_none_left(corpus, domains, counts)}")
 
 
 def _none_left(corpus: CorpusConfig, domains: set[str], counts: Counter[str]) -> str:
     if corpus.domains is not None and not domains.intersection(corpus.domains):
         there = ", ".join(sorted(domains)[:20]) or "none"
-        return f"{corpus.path}: no documents of corpus.domains {', '.join(corpus.domains)}; domains there: {there}"
+        return f"no documents of corpus.domains {', '.join(corpus.domains)}; domains there: {there}"
     if counts["over_limit"]:
-        return f"{corpus.path}: every document is longer than corpus.limit_bytes {corpus.limit_bytes}"
-    return f"{corpus.path}: no documents"
+        return f"every document is longer than corpus.limit_bytes {corpus.limit_bytes}"
+    return "no documents"
 
 
 def check(corpus: CorpusConfig) -> None:
@@ -142,7 +142,7 @@ def _parts(document: Document, texts: Sequence[str]) -> list[Document]:
 
 def local_size(corpus: CorpusConfig) -> int | None:
     """Bytes of text of a corpus on this machine (of large files estimated), None for one that must be fetched."""
-    if corpus.path.startswith(("tfds:", "huggingface:")) or (paths.at(corpus.path) / "dataset_info.json").exists():
+    if corpus.path.startswith(("tfds:", "huggingface:")) or (reading.located(corpus) / "dataset_info.json").exists():
         return None
     if not corpus.path.startswith("stdlib:"):
         on_disk = [(path, paths.size(path)) for path, _ in reading.files(corpus)]
@@ -207,7 +207,7 @@ class _Preparation:
         known: Sequence[Tokenizer],
         left_out: Collection[str] = (),
     ) -> None:
-        self._title, self._split_of = f"prepare {split}", split
+        self._title, self._split_of, self._path = f"prepare {split}", split, corpus.path.rstrip(":")  # of `stdlib:`
         self._folder = config.folder / "data" / split
         self._corpus, self._tokenizers, self._max_length = corpus, known, config.max_length
         self._left_out = frozenset(left_out)
@@ -252,9 +252,9 @@ class _Preparation:
             size += len(document.text)
             if time.monotonic() - last > _SAY_EVERY_S:
                 last = time.monotonic()
-                say(f"{self._title}: reading {self._corpus.path}: {len(ids)} documents so far")
+                say(f"{self._title}: reading {self._path}: {len(ids)} documents so far")
         if not ids:
-            raise UserError(f"{self._corpus.path}: every document is also held out for evaluation; none is left")
+            raise UserError(f"{self._path}: every document is also held out for evaluation; none is left")
         names = {
             "duplicates": "that repeat another",
             "empty": "without text",
@@ -317,7 +317,7 @@ class _Preparation:
                 bar.advance(len(batch))
         result = np.array(ends, np.int64), np.array(counts, np.int64)
         if not result[1].any():
-            raise UserError(f"{self._corpus.path}: no document has a token in every tokenizer")
+            raise UserError(f"{self._path}: no document has a token in every tokenizer")
         buffer = io.BytesIO()
         np.savez(buffer, key=np.array(key), ends=result[0], counts=result[1])
         write_atomically(path, buffer.getvalue())

@@ -10,6 +10,7 @@ from fusejax.options import flag, given, refuse
 # What belongs to --corpus alone, to --suite alone, and to both.
 _TEXT = ("split", "text_key", "domain_key", "max_length", "stride", "ensemble", "weights")
 _SUITE = ("data", "include_path", "benchmarks", "code", "code_output", "run_code")
+_MOST_TOKENS = 1 << 24  # of a batch: no device holds the activations of more
 _BOTH = ("limit", "batch_tokens", "compute", "json")
 
 
@@ -66,6 +67,8 @@ def without_job(options: argparse.Namespace) -> bool:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{flag(name)}: {value} should be at least 1")
+    if (options.batch_tokens or 0) > _MOST_TOKENS:
+        raise UserError(f"--batch-tokens: {options.batch_tokens} should be at most {_MOST_TOKENS}")
     if options.corpus is not None:
         refuse(options, "--corpus", *_SUITE)
         _on_text(options)

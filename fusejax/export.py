@@ -30,7 +30,12 @@ _DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
 
 MARKER = "fusejax.json"  # in an exported or merged folder: what it was made from
 _REPLACED = ("config.json", "generation_config.json", MARKER, *files.TOKENIZER_FILES)
-_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)")
+OUTPUT = "choose another `output`, or make it writable"
+# What save_pretrained and `write_weights` call weights, and nothing else: model-backup.safetensors is the user's.
+_PART = r"(-\d+-of-\d+)?"
+_WEIGHTS = re.compile(
+    rf"model{_PART}\.safetensors|pytorch_model{_PART}\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
 T = TypeVar("T")
 
 
@@ -81,7 +86,8 @@ def written(folder: Path) -> Iterator[Path]:
             yield Path(made)
             _send(Path(made), folder)
         return
-    outputs.require_writable(folder / "config.json", "choose another `output`, or make it writable")
+    require_place(folder)
+    folder = folder.resolve()  # a link stays one, and `x/..` has a name
     temporary = outputs.make_folder(folder.parent) / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
@@ -92,6 +98,37 @@ def written(folder: Path) -> Iterator[Path]:
         raise outputs.writing_failed(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_place(folder: Path) -> None:
+    """UserError where no folder of a model can come to lie."""
+    outputs.require_writable(folder / "config.json", OUTPUT)
+    if os.path.ismount(folder):
+        raise UserError(
+            f"{folder}: is a mount point, which cannot be renamed; choose another `output`, such as one in it"
+        )
+
+
+def of_a_model(folder: Path) -> list[str]:
+    """Names of weights (also a user's own), of a configuration or a tokenizer that a folder holds, sorted."""
+    return sorted(
+        name
+        for name in paths.names(folder)
+        if name in _REPLACED or name.endswith((".safetensors", ".bin", ".index.json"))
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds the weights that its config.json describes, by the headers of the files alone."""
+    try:
+        hf_config, where = files.read_json(folder / "config.json"), str(folder / "config.json")
+        if paths.is_remote(folder):  # where a file is there as a whole or not at all
+            return bool(files.weight_files(folder))
+        config = families.decoder_config(hf_config, where)
+        convert.match(folder, families.find(hf_config, where), config, headers_only=True)
+    except UserError:
+        return False
+    return True
 
 
 def made_from(folder: Path) -> dict[str, Any]:
@@ -172,13 +209,22 @@ def _send(made: Path, folder: Path) -> None:
 
 def _replace(folder: Path, temporary: Path) -> None:
     """Rename `temporary` to `folder`; the model that was there is deleted after that, anything else stays."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():  # of a run that was killed in here: it may hold what should stay
+        if folder.exists():
+            _move_others(old, folder)
+        else:
+            os.rename(old, folder)
     if not folder.exists():
         os.rename(temporary, folder)
         return
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
     os.rename(temporary, folder)
+    _move_others(old, folder)
+
+
+def _move_others(old: Path, folder: Path) -> None:
+    """Move all but a model from `old` to `folder` and remove `old`."""
     for entry in old.iterdir():
         if entry.name not in _REPLACED and not _WEIGHTS.fullmatch(entry.name):
             os.rename(entry, folder / entry.name)

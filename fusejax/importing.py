@@ -19,7 +19,7 @@ from fusejax.config import Config
 from fusejax.errors import UserError
 from fusejax.progress import progress, say
 from fusejax.scoring import Scores
-from fusejax.sources import Note, finish, inputs, shard_records
+from fusejax.sources import NOTE, Note, finish, inputs, shard_records
 from fusejax.splitting import room
 from fusejax.store import Store, StoreWriter
 from fusejax.tokenizers import Tokenizer
@@ -49,7 +49,7 @@ def run(dataset: str, config: Config, name: str) -> None:
     if writer.done:
         say(f"source {name}: done before, skipped")
         return
-    if any("imported" not in note for note in writer.notes()):
+    if any("imported" not in note for note in writer.notes(NOTE)):
         raise UserError(f"{writer.folder}: holds a part of the source's own rows; remove that folder to import others")
     documents = Store(config.folder / "data/train/documents")
     k = source.top_k or config.cache.top_k

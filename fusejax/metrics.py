@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -10,24 +11,30 @@ from fusejax import paths
 from fusejax.errors import UserError
 from fusejax.outputs import fingerprint, make_folder, write_atomically, writing_failed
 
+TRAINING = ("step", "clm_loss", "tokens")  # what every step of training records
 
-def read(folder: str | Path) -> list[dict[str, Any]]:
-    """The steps recorded so far; a line that a kill cut off is left out."""
+
+def read(folder: str | Path, needed: Sequence[str] = ("step",)) -> list[dict[str, Any]]:
+    """The steps recorded so far; a last line that a kill cut off is left out. UserError for any other line that is no
+    JSON object of numbers with the keys `needed`."""
     path = paths.at(folder) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     steps = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError:
-            break
-        if not isinstance(record, dict) or "step" not in record or not all(map(_is_number, record.values())):
-            break
-        steps.append(record)
+            record = None
+        if _is_record(record, needed):
+            steps.append(record)
+        elif number < len(lines) or line.endswith(b"\n"):
+            raise UserError(f"{path}: line {number} is damaged, it should hold the numbers of a step; remove that line")
     return steps
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _is_record(value: Any, needed: Sequence[str]) -> bool:
+    numbers = isinstance(value, dict) and all(isinstance(each, int | float) for each in value.values())
+    return numbers and set(needed) <= value.keys()
 
 
 class Metrics:

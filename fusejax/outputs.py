@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -36,10 +38,15 @@ def file_fingerprint(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomically(path: str | os.PathLike, data: str | bytes, remedy: str = "") -> None:
+def write_atomically(
+    path: str | os.PathLike, data: str | bytes, remedy: str = "choose another path, or make it writable"
+) -> None:
     """Write a whole file or nothing; a full disk or a read-only folder is a UserError (remedy: `writing_failed`'s)."""
+    path = paths.at(path)
     try:
-        with paths.staged(paths.at(path)) as file:
+        if not paths.is_remote(path):
+            _require_regular(path)
+        with paths.staged(path) as file:
             file.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise writing_failed(path, error, remedy) from None
@@ -51,16 +58,35 @@ def require_writable(path: str | os.PathLike, remedy: str = "choose another path
     if paths.is_remote(path):
         paths.check(path)
         return
-    there = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
-    number = 0
-    if path.is_dir():
-        number = errno.EISDIR
-    elif not there.is_dir():
-        number = errno.ENOTDIR
-    elif not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EACCES
-    if number:
-        raise writing_failed(path, OSError(number, ""), remedy)
+    try:
+        _require_regular(path)
+        there = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "")
+        longest = max([*(len(os.fsencode(part)) for part in path.parts), len(os.fsencode(path.name)) + _STAGED])
+        if 0 < os.pathconf(there, "PC_NAME_MAX") < longest:
+            raise OSError(errno.ENAMETOOLONG, "")
+        with tempfile.TemporaryFile(dir=there):  # root is told that it may write anywhere, also in /proc
+            pass
+    except OSError as error:
+        raise writing_failed(path, error, remedy) from None
+
+
+_STAGED = len("..tmp-") + 12  # characters that `paths.staged` adds to a file's name
+
+
+def _require_regular(path: Path) -> None:
+    """OSError where something other than a file is at `path`: renaming a file to /dev/null would take its place."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "")
+    # /dev/stdout leads to a file where output is redirected, but it is a link of the system's.
+    folder = Path(os.path.realpath(path.parent))
+    if not stat.S_ISREG(mode) or (path.is_symlink() and (folder == Path("/dev") or folder.is_relative_to("/proc"))):
+        raise OSError("is no regular file")
 
 
 def writing_failed(path: str | os.PathLike, error: Exception, remedy: str = "") -> UserError:
@@ -94,7 +120,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         paths.check(paths.at(folder))
         yield
         return
-    made = not Path(folder).exists()
+    made = not os.path.exists(folder)  # pathlib's raises for a name that is too long
     path = make_folder(folder) / ".lock"
     try:
         file = path.open("a+")
@@ -165,11 +191,13 @@ def check_inputs(
         raise UserError(f"{folder}: was made with other settings: {details}; {remedy}")
 
 
-def read_object(path: Path, needed: Mapping[str, Any], remedy: str) -> dict[str, Any] | None:
+def read_object(
+    path: Path, needed: Mapping[str, Any], remedy: str, optional: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any] | None:
     """The JSON object that a stage left in a file, None where there is no file.
 
-    needed: keys that it has, with the types of their values, whatever pydantic can check: `dict[str, float]`. UserError
-    with `remedy` where it is damaged.
+    needed, optional: keys that it has or may have, with the types of their values, whatever pydantic can check:
+    `dict[str, float]`. UserError with `remedy` where it is damaged.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -177,11 +205,13 @@ def read_object(path: Path, needed: Mapping[str, Any], remedy: str) -> dict[str,
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
-    for key, kind in needed.items():
+    for key, kind in {**needed, **optional}.items():
+        if key in optional and isinstance(found, dict) and key not in found:
+            continue
         if not isinstance(found, dict) or key not in found:
             raise UserError(f"{path}: is damaged, it has no {key}; {remedy}")
         try:
-            TypeAdapter(kind).validate_python(found[key], strict=True)
+            TypeAdapter(kind).validate_json(json.dumps(found[key]), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             at = ".".join(map(str, (key, *first["loc"])))

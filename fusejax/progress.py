@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,10 +16,27 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 console = Console(stderr=False, highlight=False, soft_wrap=True)
 
 _PLAIN_INTERVAL_S = 5.0
+
+
+def show_table(table: Table, names: int = 1) -> None:
+    """Print a table of numbers whose first `names` columns are words: words may fold, numbers are never cut.
+
+    Where no terminal says how wide a line may be, nothing is folded.
+    """
+    for column in table.columns[:names]:
+        column.overflow = "fold"
+    for column in table.columns[names:]:
+        column.justify, column.no_wrap = "right", True
+    wanted = Measurement.get(console, console.options.update(max_width=10_000), table)
+    width = console.width
+    console.width = max(width, wanted.minimum if console.is_terminal else wanted.maximum)
+    console.print(table)
+    console.width = width
 
 
 class Bar:

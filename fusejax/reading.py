@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,15 @@ class Text(NamedTuple):
 
 def texts(corpus: CorpusConfig, full: Callable[[str], bool] = lambda domain: False) -> Iterator[Text]:
     """All texts of a corpus in order. full(domain): no more texts of this domain are wanted, files may be skipped."""
+    for text in _texts(corpus, full):
+        if text.domain == "average" and (corpus.domains is None or text.domain in corpus.domains):
+            raise UserError(
+                f"{text.where}: a domain cannot be called 'average', as the mean over domains is; rename it"
+            )
+        yield text
+
+
+def _texts(corpus: CorpusConfig, full: Callable[[str], bool]) -> Iterator[Text]:
     kind, _, rest = corpus.path.partition(":")
     if kind == "stdlib":
         yield from _stdlib(corpus)
@@ -39,7 +49,7 @@ def texts(corpus: CorpusConfig, full: Callable[[str], bool] = lambda domain: Fal
         yield from _records(corpus, *_tfds(corpus, rest))
     elif kind == "huggingface" and rest:
         yield from _records(corpus, *_huggingface(corpus, rest))
-    elif _is_tfds_folder(paths.at(corpus.path).expanduser()):
+    elif _is_tfds_folder(located(corpus)):
         yield from _records(corpus, *_tfds_folder(corpus))
     else:
         found = files(corpus)
@@ -58,8 +68,7 @@ def files(corpus: CorpusConfig) -> list[tuple[Path, str]]:
 
     A file's domain is its stem; the domain of a text file in a folder is the folder that it lies in.
     """
-    path = paths.at(corpus.path).expanduser()
-    paths.check(path)
+    path = located(corpus)
     if not path.exists():
         raise UserError(f"{corpus.path}: no such corpus file or folder")
     if path.is_file():
@@ -70,6 +79,17 @@ def files(corpus: CorpusConfig) -> list[tuple[Path, str]]:
     if not found:
         raise UserError(f"{corpus.path}: no documents: this folder holds no file that ends in {', '.join(_SUFFIXES)}")
     return [(file, file.parent.name if _suffix(file) == ".txt" else _stem(file)) for file in sorted(found)]
+
+
+def located(corpus: CorpusConfig) -> Path:
+    """Where a corpus lies; UserError where that is out of reach, or the system takes it for no path at all."""
+    try:
+        path = paths.at(corpus.path).expanduser()
+        paths.check(path)
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name; the home of nobody
+        raise UserError(f"{corpus.path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return path
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -106,26 +126,36 @@ def _text(record: Any, corpus: CorpusConfig, where: str, domain: str) -> Text:
     """A record's text and domain, checked."""
     if corpus.messages_key is not None:
         messages = conversations.read(_field(record, corpus.messages_key, where, "messages_key"), where)
-        text = conversations.spoken(messages)
-        return Text(where, _domain(record, corpus, where, domain), text, conversations.dump(messages))
+        conversation, text = _utf8(conversations.dump(messages), where), conversations.spoken(messages)
+        return Text(where, _domain(record, corpus, where, domain), text, conversation)
     text = _field(record, corpus.text_key, where, "text_key")
     if isinstance(text, bytes):
         text = decode(text, where)
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
         raise UserError(f"{where}: key {corpus.text_key!r} should hold a text, it holds a value of type {kind}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: the text holds half a surrogate pair, which UTF-8 cannot hold") from None
-    return Text(where, _domain(record, corpus, where, domain), text)
+    return Text(where, _domain(record, corpus, where, domain), _utf8(text, where))
 
 
 def _domain(record: Any, corpus: CorpusConfig, where: str, default: str) -> str:
     if corpus.domain_key is None:
         return default
     domain = _field(record, corpus.domain_key, where, "domain_key")
-    return decode(domain, where) if isinstance(domain, bytes) else str(domain)
+    if isinstance(domain, bytes):
+        return decode(domain, where)
+    if isinstance(domain, bool) or not isinstance(domain, str | Integral):
+        kind = "null" if domain is None else type(domain).__name__
+        raise UserError(f"{where}: key {corpus.domain_key!r} should name a domain, it holds a value of type {kind}")
+    return _utf8(str(domain), where, "the domain")
+
+
+def _utf8(text: str, where: str, what: str = "the text") -> str:
+    """The text; UserError where it cannot be written."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {what} holds half a surrogate pair, which UTF-8 cannot hold") from None
+    return text
 
 
 def decode(data: bytes, where: str) -> str:
@@ -147,7 +177,7 @@ def _jsonl(path: Path, corpus: CorpusConfig, domain: str) -> Iterator[Text]:
                     continue
                 try:
                     record = json.loads(content)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not valid JSON ({error})") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: should be an object such as {{{json.dumps(corpus.text_key)}: ...}}")

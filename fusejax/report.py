@@ -8,17 +8,20 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator
+from rich.markup import escape
 from rich.table import Table
 
 import fusejax
-from fusejax import alignment_report, metrics, outputs, plots, store
+from fusejax import alignment_report, corpus, metrics, outputs, plots
 from fusejax.alignment import read_report
 from fusejax.config import Config, dump
-from fusejax.progress import console, say
-from fusejax.training import check_settings, read_record, run_folder, runs
+from fusejax.errors import UserError
+from fusejax.metrics import TRAINING
+from fusejax.progress import say, show_table, warn
+from fusejax.results import Scores
+from fusejax.training import check_models, check_settings, read_record, run_folder, runs
 
 _LAST_TENTH = ("loss", "clm_loss", "fusion_loss", "target_entropy", "model_entropy")  # nats a token
 _OTHER_SETTINGS = "give `report` the settings of the job, which are in its config.yaml"
@@ -28,24 +31,19 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy"
 def run(config: Config) -> None:
     """Write report.json and report.html into the output folder. Raises UserError where an earlier stage is missing, or
     was run with other settings."""
+    check_models(config, _OTHER_SETTINGS)
     for name in runs(config):
         check_settings(config, name, _OTHER_SETTINGS)
-    histories = {name: metrics.read(run_folder(config, name)) for name in runs(config)}
+    histories = {name: metrics.read(run_folder(config, name), TRAINING) for name in runs(config)}
     report = collect(config, histories)
+    page = render(config, report, histories)
     outputs.write_atomically(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
-    outputs.write_atomically(config.folder / "report.html", render(config, report, histories))
+    outputs.write_atomically(config.folder / "report.html", page)
     show(report)
+    for name, history in histories.items():
+        if history and not (read_record(run_folder(config, name)) or {}).get("done"):
+            warn(f"train {name}: is at step {history[-1]['step']} and not finished; the same job's `train` goes on")
     say(f"report: {config.folder / 'report.html'} and report.json")
-
-
-def _with_average(values: dict[str, float]) -> dict[str, float]:
-    if "average" not in values:
-        raise ValueError("has no average")
-    return values
-
-
-Scores = Annotated[dict[str, float], AfterValidator(_with_average)]
-"""Bits per byte of one model: by domain, and `average`."""
 
 
 def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -56,9 +54,9 @@ def collect(config: Config, histories: dict[str, list[dict[str, Any]]]) -> dict[
         "target": config.target.model,
         "sources": {source.label: source.model for source in config.sources},
         "corpus": {
-            split: {**(documents := store.Store(folder)).summary, "text": documents.inputs["text"]}
+            split: {**(documents := corpus.documents(config, split)).summary, "text": documents.inputs["text"]}
             for split in ("train", "heldout")
-            if (folder := config.folder / "data" / split / "documents").exists()
+            if (config.folder / "data" / split / "documents").exists()
         },
         "alignment": alignment,
         "source_wins": alignment_report.source_wins(alignment),
@@ -97,16 +95,22 @@ def _training(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _bits_per_byte(config: Config) -> dict[str, Any]:
     """{model: {domain: value, average: value}} in the order in which a reader compares."""
+    if config.evaluation.corpus is None:
+        return {}
     folder = config.folder / "evaluation"
     names = ["target", *(source.label for source in config.sources)]
     trained = [name for name in runs(config) if name != "fused"]
     names += [*sorted(trained, key=lambda name: name != "clm"), *config.evaluation.baselines, "fused"]
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name in names:
         remedy = "run the stage `evaluate` again"
         result = outputs.read_object(folder / f"{name}.json", {"bits_per_byte": Scores}, remedy)
-        if result is not None:
-            found[name] = result["bits_per_byte"]
+        if result is None:
+            continue
+        found[name] = result["bits_per_byte"]
+        first = next(iter(found))
+        if found[name].keys() != found[first].keys():
+            raise UserError(f"{folder / name}.json: has other domains than {first}.json beside it; {remedy}")
     return found
 
 
@@ -136,23 +140,21 @@ def show(report: dict[str, Any]) -> None:
     """The tables on the terminal; the best value of each column is bold."""
     header, rows = table_rows(report)
     if rows:
-        table = Table(*header, title="held-out text, lower is better")
+        table = Table(*map(escape, header), title="held-out text, lower is better")
         best = [min(float(row[i]) for row in rows) for i in range(1, len(header))]
         for row in rows:
             cells = [
                 f"[bold]{cell}[/]" if float(cell) == low else cell for cell, low in zip(row[1:], best, strict=True)
             ]
-            table.add_row(row[0], *cells)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        console.print(table)
+            table.add_row(escape(row[0]), *cells)
+        show_table(table)
     won = alignment_report.rows_won(report)
     if won:
         rest = alignment_report.won_by_none(report)
         table = Table("source", "rows aligned", "rows won", title="alignment and fusion", caption=rest or None)
         for name, share in won.items():
-            table.add_row(name, f"{100 * report['alignment'][name]['share']:.1f}%", f"{100 * share:.1f}%")
-        console.print(table)
+            table.add_row(escape(name), f"{100 * report['alignment'][name]['share']:.1f}%", f"{100 * share:.1f}%")
+        show_table(table)
 
 
 def render(config: Config, report: dict[str, Any], histories: dict[str, list[dict[str, Any]]]) -> str:

@@ -6,6 +6,7 @@ names the file and the key, with the nearest key that there is for one that ther
 
 import contextlib
 import difflib
+import json
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -72,7 +73,9 @@ class _Twice(yaml.MarkedYAMLError):
 def _parse(text: str) -> Any:
     """The value of a text in YAML; YAMLError."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        json.dumps(value, default=str, skipkeys=True)  # an alias that holds itself has no end
+        return value
     except (ValueError, RecursionError) as error:  # of a date that there is none, of brackets without end
         raise yaml.YAMLError(str(error)) from None
 
@@ -153,7 +156,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _step(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
             raise UserError(f"{override!r}: {part!r} should be an index below {len(node)}")
         return node[int(part)]
     if not isinstance(node, dict):

@@ -79,13 +79,19 @@ def _cache(config: Config, source: ModelConfig) -> None:
     if distributed.tell(f"source {source.label}: done", "yes" if writer.done else "no") == "yes":
         say(f"source {source.label}: done before, skipped")
         return
-    if any("imported" in note for note in writer.notes()):
+    if any("imported" in note for note in writer.notes(NOTE)):
         raise UserError(f"{folder}: holds a part of an import: run `fusejax import` again, or remove that folder")
     todo = _todo(config, writer, source.label)
     if todo:
         _run_model(config, source, tokenizer, tokens, writer, todo)
     hosts.wait_for_all(f"source {source.label}")
     distributed.alone(f"source {source.label}: manifest", lambda: finish(source, tokens, writer))
+
+
+# What a shard's note counts.
+NOTE: dict[str, Any] = dict.fromkeys(("rows", "empty", "one_token", "full", "broken", "width"), int) | {
+    "first_broken": str | None
+}
 
 
 def _todo(config: Config, writer: StoreWriter, label: str) -> list[tuple[int, range]]:
@@ -112,7 +118,7 @@ def _with_its_entries(config: Config, source: ModelConfig) -> ModelConfig:
 
 def finish(source: ModelConfig, tokens: Store, writer: StoreWriter, more: Mapping[str, str] | None = None) -> None:
     """Mark a cache complete, with counts and versions in its manifest."""
-    counts = _total(writer.notes())
+    counts = _total(writer.notes(NOTE))
     odd = {"empty": "empty", "one_token": "of one token", "full": "as long as max_length"}
     said = ", ".join(f"{counts[key]} {what}" for key, what in odd.items() if counts[key])
     say(f"source {source.label}: {counts['rows']} rows of {len(tokens)} documents" + (f" ({said})" if said else ""))

@@ -22,7 +22,15 @@ import numpy as np
 
 from fusejax import paths
 from fusejax.errors import UserError
-from fusejax.outputs import Inputs, check_inputs, make_folder, require_space, write_atomically, writing_failed
+from fusejax.outputs import (
+    Inputs,
+    check_inputs,
+    make_folder,
+    read_object,
+    require_space,
+    write_atomically,
+    writing_failed,
+)
 
 FORMAT = 2
 Record = Mapping[str, "np.ndarray | str | bytes"]
@@ -112,10 +120,15 @@ class StoreWriter:
         except (OSError, RuntimeError) as error:
             raise writing_failed(path, error) from None
 
-    def notes(self) -> list[dict[str, Any]]:
-        """The notes of all shards, in their order, whichever run wrote them."""
+    def notes(self, needed: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The notes of all shards, in their order, whichever run wrote them; UserError for a damaged one.
+
+        needed: see `outputs.read_object`.
+        """
         found = sorted(name for name in paths.names(self.folder) if name[0].isdigit() and name.endswith(".json"))
-        return [json.loads((self.folder / name).read_text("utf-8")) for name in found]
+        remedy = f"remove it and the shard beside it, which is made again, or all of {self.folder}"
+        notes = [read_object(self.folder / name, needed, remedy) for name in found]
+        return [note for note in notes if note is not None]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Mark the store complete; `summary` (JSON) stays in its manifest."""

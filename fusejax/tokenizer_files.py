@@ -19,6 +19,7 @@ def load(model: str, revision: str | None) -> Any:
 def _load(model: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    require_name(model)
     local = hub.is_local(model)
     if local and not Path(model).expanduser().is_dir():
         raise UserError(f"{model}: no such model folder")
@@ -34,13 +35,23 @@ def _load(model: str, revision: str | None) -> Any:
         if local:
             _refuse_missing(model)
             _check_config(Path(name))
-            raise UserError(f"{model}: no tokenizer can be loaded from this folder ({_first_line(error)})") from None
+            reason = _blamed(Path(name), error)
+            raise UserError(f"{model}: no tokenizer can be loaded from this folder ({reason})") from None
     hub.require_reachable(model, "model")
     try:
         hf = AutoTokenizer.from_pretrained(name, revision=revision)
         return _raw_sentencepiece(name, revision) or _as_filed(hf, name, revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{model}: its tokenizer cannot be loaded from the hub ({_first_line(error)})") from None
+
+
+def require_name(model: str) -> None:
+    """UserError for what the system takes for no path at all: too long a name, the home of nobody."""
+    try:
+        Path(model).expanduser().exists()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{model}: should be a model folder or a hub name ({reason})") from None
 
 
 def has_files(folder: Path) -> bool:
@@ -62,6 +73,7 @@ def _refuse_missing(model: str) -> None:
 
 def stamps(model: str) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of a local folder's small files: a changed tokenizer is loaded anew."""
+    require_name(model)
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return ()
@@ -77,6 +89,28 @@ def _check_config(folder: Path) -> None:
 
     if (folder / "config.json").exists():
         files.read_json(folder / "config.json")
+
+
+def _blamed(folder: Path, error: BaseException) -> str:
+    """What is wrong with a folder's tokenizer, and in which file, as far as that can be told."""
+    from tokenizers import Tokenizer as Backend
+
+    from fusejax.models import files
+
+    there = [name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).is_file()]
+    try:
+        for name in there:
+            files.read_json(folder / name)
+    except UserError as fault:
+        return str(fault)
+    if "tokenizer.json" in there:
+        try:
+            Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as fault:  # see _load
+            return f"tokenizer.json: {_first_line(fault)}"
+    # The message of these alone is a key, or a word of somebody's program.
+    kind = f"{type(error).__name__}: " if isinstance(error, KeyError | AttributeError | TypeError | IndexError) else ""
+    return f"{' or '.join(there)}: {kind}{_first_line(error)}" if there else f"{kind}{_first_line(error)}"
 
 
 def _find(name: str, file: str, revision: str | None) -> Path | None:

@@ -90,12 +90,17 @@ def test_columns_are_in_the_order_of_the_runs(runs):
     ("{}", "report.json: is damaged, it has no config; run"),
     ("[]", "is damaged, it has no config"),
     ("null", "is damaged, it has no config"),
-    ({"evaluation": {"bits_per_byte": 3}}, "evaluation.bits_per_byte: Input should be a valid dictionary; run"),
-    ({"evaluation": {"bits_per_byte": {"a": 1}}}, "evaluation.bits_per_byte.a: Input should be a valid dictionary"),
+    ({"evaluation": {"bits_per_byte": 3}}, "evaluation.bits_per_byte: Input should be an object; run"),
+    ({"evaluation": {"bits_per_byte": {"a": 1}}}, "evaluation.bits_per_byte.a: Input should be an object"),
     ({"evaluation": {"bits_per_byte": {"a": {"law": 1.0}}}}, "evaluation.bits_per_byte.a: has no average"),
     ({"evaluation": {"bits_per_byte": {"a": {"average": "x"}}}}, "a.average: Input should be a valid number"),
     ({"training": {"fused": 3}}, "is damaged, training.fused: Input should be"),
     ({"alignment": {"x": {}}}, "is damaged, alignment.x.share: Field required"),
+    ({"alignment": {"x": {"share": 1, "kinds": 5}}}, "is damaged, alignment.x.kinds: Input should be"),
+    ({"config": {"seed": {"a": 1}}}, "is damaged, config.seed: Input should be"),
+    ({"corpus": {"heldout": "x"}}, "is damaged, corpus.heldout: Input should be"),
+    ({"source_wins": {"code": 5}}, "is damaged, source_wins.code: Input should be"),
+    ({"name": 7}, "is damaged, name: Input should be"),
 ])  # fmt: skip
 def test_a_folder_without_a_report_is_named(tmp_path, capsys, content, message):
     if isinstance(content, dict):
@@ -121,3 +126,24 @@ def test_files_of_a_table_are_refused_for_a_job(tmp_path, capsys):
         cli.main(["report", "job.yaml", "--csv", str(tmp_path / "table.csv")])
     assert ended.value.code == 2
     assert capsys.readouterr().err == ("error: report CONFIG.yaml: has no use for --csv (see fusejax report --help)\n")
+
+
+def test_a_run_counts_once_and_a_second_of_its_seed_stands_alone(runs, tmp_path, capsys, monkeypatch):
+    copy = write(tmp_path / "copy", "mine", 0, {"target": scores(2.0, 3.0), "fused": scores(1.0, 2.0)}, max_length=8)
+    monkeypatch.chdir(tmp_path)
+    cli.main(["report", "a", runs[0], "./a/", runs[1], copy, "--csv", "table.csv"])
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [row["run"] for row in rows] == ["mine (seeds 0, 1)"] * 2 + ["mine"] * 2
+    assert rows[3]["standard deviation of average"] == ""
+
+
+def test_numbers_are_not_cut_where_names_are_long(tmp_path, capsys):
+    domains = {f"a domain of no short name {i}": 123.4567 for i in range(8)} | {"average": 123.4567}
+    run = write(
+        tmp_path / "x", "a run whose name is long, too", 0, {"a/model/of/some/folder": domains, "[/red]": domains}
+    )
+    cli.main(["report", run])
+    out = capsys.readouterr().out
+    assert out.count("123.4567") == 18
+    assert "…" not in out
+    assert "[/red]" in out

@@ -135,6 +135,7 @@ def test_files_beyond_the_limit_are_not_opened(tmp_path):
         (b'{"text": ["a"]}\n', "of type list"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "x.jsonl:2: not UTF-8 (byte 13: 0xe9)"),
         (b'{"text": "\\ud83d"}\n', "x.jsonl:1: the text holds half a surrogate pair"),
+        (b"[" * 100_000, "x.jsonl:1: not valid JSON (maximum recursion depth"),
         (b"", "no documents"),
         (b"\n\n", "no documents"),
     ],
@@ -144,7 +145,39 @@ def test_faults_of_jsonl_name_file_and_line(tmp_path, content, expected):
     assert expected in mistake(tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("domain", "expected"),
+    [
+        (None, "x.jsonl:2: key 'd' should name a domain, it holds a value of type null"),
+        (["a"], "x.jsonl:2: key 'd' should name a domain, it holds a value of type list"),
+        ({"a": 1}, "of type dict"),
+        (True, "of type bool"),
+        ("\ud83d", "x.jsonl:2: the domain holds half a surrogate pair"),
+        ("average", "x.jsonl:2: a domain cannot be called 'average'"),
+    ],
+)
+def test_domains_that_cannot_be(tmp_path, domain, expected):
+    lines = ({"text": "a", "d": 7}, {"text": "b", "d": domain})
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert expected in mistake(tmp_path / "x.jsonl", domain_key="d")
+    if domain == "average":
+        assert [document.domain for document in read(tmp_path / "x.jsonl", domain_key="d", domains=["7"])] == ["7"]
+
+
+def test_half_a_surrogate_pair_in_a_conversation(tmp_path):
+    says = [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"chat": says}))
+    assert "x.jsonl:1: the text holds half a surrogate pair" in mistake(tmp_path / "x.jsonl", messages_key="chat")
+
+
 def test_other_faults(tmp_path):
+    (tmp_path / "average.txt").write_text("a")
+    assert "average.txt: a domain cannot be called 'average'" in mistake(tmp_path / "average.txt")
+    (tmp_path / "average.txt").unlink()
+    assert "xxx.txt: cannot be read (File name too long)" in mistake("x" * 300 + ".txt")
+    with pytest.raises(UserError, match="File name too long"):
+        local_size(CorpusConfig(path="x" * 300))
+    assert mistake("stdlib:", domains=["none"]).startswith("stdlib: no documents of corpus.domains none")
     assert "no such corpus file or folder" in mistake(tmp_path / "missing.jsonl")
     assert "holds no file that ends in" in mistake(tmp_path)
     (tmp_path / "x.csv").write_text("text\na\n")

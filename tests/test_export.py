@@ -1,7 +1,9 @@
 import json
 import os
 import stat
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file
 
 from fusejax import export, models
 from fusejax.errors import UserError
+from fusejax.training import exporting
 
 CONFIGS = {
     "llama": dict(
@@ -95,11 +98,85 @@ def test_tokenizer_and_generation_config_go_along(tmp_path):
 
 def test_takes_the_place_of_a_model_and_of_nothing_else(tmp_path):
     folder = save_llama(tmp_path / "model", max_shard_bytes=3000)
-    (folder / "README.md").write_text("mine")
-    (folder / "tokenizer.json").write_text("old")
+    mine = {"README.md", "model-backup.safetensors", "pytorch_model_old.bin", "model.index.json"}
+    for name in mine:
+        (folder / name).write_text("mine")
+    for name in ("tokenizer.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"):
+        (folder / name).write_text("old")
     save_llama(folder, seed=1)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", *mine}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_replacing_left_is_kept(tmp_path):
+    folder = save_llama(tmp_path / "model")
+    (folder / "README.md").write_text("mine")
+    folder.rename(tmp_path / ".model.old")
+    save_llama(folder, seed=1)
+    (tmp_path / ".model.old").mkdir()
+    (folder / "README.md").rename(tmp_path / ".model.old/README.md")
+    save_llama(folder, seed=2)
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    folder = save_llama(tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to("model")
+    save_llama(tmp_path / "link", seed=1)
+    assert (tmp_path / "link").is_symlink()
+    assert (folder / "model.safetensors").read_bytes() != before
+
+
+def test_a_mount_point_is_found_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)  # which a test cannot mount
+    with pytest.raises(UserError, match="is a mount point, which cannot be renamed; choose another `output`"):
+        save_llama(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "model-00001-of-00002.safetensors").unlink(),
+    lambda folder: os.truncate(folder / "model-00002-of-00002.safetensors", 1000),
+    lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
+    lambda folder: (folder / "config.json").unlink(),
+    lambda folder: (folder / "config.json").write_text(json.dumps(CONFIGS["llama"] | {"vocab_size": 31})),
+])  # fmt: skip
+def test_what_is_not_whole_is_seen(tmp_path, damage):
+    folder = save_llama(tmp_path / "model", max_shard_bytes=12_000)
+    assert export.is_whole(folder)
+    damage(folder)
+    assert not export.is_whole(folder)
+
+
+def test_of_a_model_in_a_bucket_only_the_files_are_looked_for(tmp_path, monkeypatch):
+    folder = save_llama(tmp_path / "model", max_shard_bytes=12_000)
+    monkeypatch.setattr(export.paths, "is_remote", lambda path: True)
+    monkeypatch.setattr(export.convert, "match", None)  # it would read through the file
+    assert export.is_whole(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert not export.is_whole(folder)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)])
+def test_a_damaged_export_is_made_again(make_job, tmp_path, capsys, monkeypatch, damage):
+    job, values = make_job(), CONFIGS["llama"]
+    model = models.init(models.decoder_config(values), 0)
+    restored = nullcontext(SimpleNamespace(restore=lambda state: (1, state)))
+    monkeypatch.setattr(exporting, "read_record", lambda folder: {"done": True, "inputs": {}, "steps": 1})
+    monkeypatch.setattr(exporting, "Checkpoints", lambda *_: restored)
+    monkeypatch.setattr(models, "read_config", lambda folder: (values, model.config))
+    trainer = SimpleNamespace(state=None, model=lambda state: model)
+    monkeypatch.setattr(exporting.Trainer, "make", lambda *_, **options: trainer)
+    exporting.export_run(job, "fused")
+    weights = job.folder / "export/model.safetensors"
+    before = weights.read_bytes()
+    exporting.export_run(job, "fused")
+    assert "export fused: done before, skipped" in capsys.readouterr().out
+    damage(weights)
+    exporting.export_run(job, "fused")
+    assert weights.read_bytes() == before
+    assert "export: is no longer whole, exporting again" in capsys.readouterr().err
 
 
 def test_a_failure_leaves_the_old_model(tmp_path, monkeypatch):

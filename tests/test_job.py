@@ -79,6 +79,60 @@ def report_of(folder, without=("throughput", "config", "name")):
     return {key: value for key, value in report.items() if key not in without}
 
 
+def refuses_other_settings(path):
+    for change, told in (
+        ("seed=5", r"training.json: .*seed \(0 there, 5 now\).*give `report` the settings"),
+        (
+            "target=elsewhere",
+            r"config.yaml: .*target.model \(.*coarse there, elsewhere now\).*give `report` the settings",
+        ),
+        ("sources=[elsewhere]", r"config.yaml: .*sources.0.model \(.*sources.1.model \(.*fine there, None now"),
+        ("cache.values=uint8", r"config.yaml: .*cache.values \(float16 there, uint8 now"),
+        ("corpus.limit_bytes=70", r"data/train: .*corpus.limit_bytes \(None there, 70 now"),
+        ("evaluation.corpus.limit=1", r"data/heldout: .*evaluation.corpus.limit \(None there, 1 now"),
+    ):
+        with pytest.raises(UserError, match=told):
+            report_stage.run(config.load(path, [change]))
+
+
+def refuses_damaged_files(job):
+    """One line for each, and the report that was there stays."""
+    told = [
+        ("evaluation/clm.json", ("bits_per_byte",), {"average": 1.0}, "clm.json: has other domains than target.json"),
+        ("evaluation/clm.json", ("bits_per_byte", "code"), None, r"bits_per_byte.code: Input .* valid number"),
+        ("evaluation/clm.json", ("bits_per_byte", "code"), float("nan"), r"bits_per_byte.code: .*finite number"),
+        ("training.json", ("throughput",), None, "training.json: is damaged, throughput: Input should be an object"),
+        ("clm/training.json", ("throughput", "tokens_per_s"), "x", "throughput.tokens_per_s: Input .* valid number"),
+        ("alignment/fine/report.json", ("report",), 5, "report.json: is damaged, report: Input should be an object"),
+        ("alignment/fine/report.json", ("report", "documents"), {}, "report.documents.counted: Field required"),
+        ("alignment/fine/report.json", ("report", "text_ce"), [["code"]], "report.text_ce.0.1: Field required"),
+        ("alignment/fine/report.json", ("report", "share"), float("nan"), "report.share: .* finite number"),
+    ]
+    before = files(job.folder)
+    for name, keys, value, message in told:
+        path, whole = job.folder / name, before[Path(name)]
+        damaged = json.loads(whole)
+        inner = damaged
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=message):
+            report_stage.run(job)
+        path.write_bytes(whole)
+    lines = before[Path("metrics.jsonl")].splitlines(keepends=True)
+    for broken in (b'{"step": 2}\n', b"\xff\xfe\n", b"{\n"):
+        (job.folder / "metrics.jsonl").write_bytes(b"".join([lines[0], broken, *lines[2:]]))
+        with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is damaged"):
+            report_stage.run(job)
+    (job.folder / "metrics.jsonl").write_bytes(b"".join(lines))
+    (job.folder / "training.json").unlink()
+    with pytest.raises(UserError, match=r"training.json: is missing, .*metrics.jsonl .*checkpoint.resume=false"):
+        report_stage.run(job)
+    (job.folder / "training.json").write_bytes(before[Path("training.json")])
+    assert files(job.folder) == before
+
+
 def test_the_whole_job_and_again(write_config, tmp_path, capsys):
     path = write_config()
     load_main()([str(path)])
@@ -111,8 +165,8 @@ def test_the_whole_job_and_again(write_config, tmp_path, capsys):
     model = fusejax.load(folder / "export")
     assert np.isfinite(np.asarray(model(np.array([[5, 6, 7]])))).all()
 
-    with pytest.raises(UserError, match=r"training.json: .*seed \(0 there, 5 now\).*give `report` the settings"):
-        report_stage.run(config.load(path, ["seed=5"]))
+    refuses_other_settings(path)
+    refuses_damaged_files(config.load(path))
     before = files(folder)
     with pytest.raises(UserError, match=r"training.json: .*: cache.top_k of coarse \(5 there, 4 now\).*resume=false"):
         load_main()([str(path), "cache.top_k=4"])

@@ -22,6 +22,14 @@ def test_resume_drops_what_comes_again(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.parametrize("broken", ['{"step": 2', "[]", '{"loss": 1.0}', '{"step": 2, "loss": "x"}', "\udcff"])
+def test_a_damaged_line_is_named(tmp_path, broken):
+    lines = ['{"step": 1, "loss": 1.0}', broken, '{"step": 3, "loss": 1.0}', ""]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is damaged"):
+        metrics.read(tmp_path)
+
+
 def test_no_metrics_yet(tmp_path):
     assert metrics.read(tmp_path) == []
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -44,3 +45,44 @@ def test_a_file_in_the_way_is_a_user_error(tmp_path, below):
     with pytest.raises(UserError, match="cannot be written"):
         outputs.write_atomically(f"{tmp_path}/file{below}/report.json", "{}")
     assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("below", ["", "/x"])
+def test_a_name_that_is_too_long_is_a_user_error(tmp_path, below):
+    folder = tmp_path / f"{'x' * 300}{below}"
+    for use in (outputs.make_folder, outputs.require_writable, lambda path: outputs.locked(path).__enter__()):
+        with pytest.raises(UserError, match=r"x: cannot be written \(File name too long\): choose another"):
+            use(folder)
+    with pytest.raises(UserError, match="too long"):  # its temporary name is
+        outputs.require_writable(tmp_path / "folder" / ("x" * 250))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        for use in (outputs.require_writable, lambda path: outputs.write_atomically(path, "x")):
+            with pytest.raises(
+                UserError, match=rf"{path}: cannot be written \(is no regular file\): choose another path"
+            ):
+                use(path)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    outputs.write_atomically(tmp_path / "file", "x")
+    outputs.write_atomically(tmp_path / "file", "y")
+    assert (tmp_path / "file").read_text() == "y"
+    for path in ("/dev/stdout", "/dev/fd/1"):  # to a file, while pytest captures
+        with pytest.raises(UserError, match="is no regular file"):
+            outputs.require_writable(path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux has /proc")
+def test_a_folder_that_takes_no_file_is_found_before_the_work():
+    """Also by root, who is told that it may write anywhere."""
+    with pytest.raises(
+        UserError, match=r"x.html: cannot be written \(No such file or directory\): choose another path"
+    ):
+        outputs.require_writable("/proc/x.html")
+    with pytest.raises(UserError, match=r"choose another path, or make it writable"):
+        outputs.write_atomically("/proc/x.html", "x")

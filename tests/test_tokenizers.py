@@ -218,9 +218,24 @@ def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="holds no tokenizer") as caught:
         Tokenizer.load(str(tmp_path))
     assert "\n" not in str(caught.value)
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(UserError, match="no tokenizer can be loaded"):
-        Tokenizer.load(str(tmp_path))
+    hf("byte-level").save_pretrained(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    for text, settings_text, message in (
+        ('{"model": ', "{}", "tokenizer.json: not valid JSON"),
+        ("[]", "{}", "tokenizer.json: should hold a JSON object"),
+        (json.dumps(json.loads(whole) | {"model": {}}), "{}", "tokenizer.json: data did not match"),
+        (whole, "[]", "tokenizer_config.json: should hold a JSON object"),
+        (whole, '{"tokenizer_class": 3}', "tokenizer.json or tokenizer_config.json: AttributeError: 'int' object"),
+        ('{"model": {}}', "{}", "tokenizer.json: "),
+    ):
+        (tmp_path / "tokenizer.json").write_text(text)
+        (tmp_path / "tokenizer_config.json").write_text(settings_text)
+        with pytest.raises(UserError, match="no tokenizer can be loaded from this folder") as caught:
+            Tokenizer.load(str(tmp_path))
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"xxx: should be a model folder or a hub name \(File name too long\)"):
+        Tokenizer.load("x" * 300)
 
 
 def test_a_hub_out_of_reach_is_said_in_one_line_at_once(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, FiniteFloat
 
 from fusejax import corpus, hosts, outputs, paths, tokenizers
 from fusejax.alignment import cache
@@ -38,23 +38,40 @@ _SAMPLE = 256  # about how many documents the report is of where there is a cach
 _REPORT_FORMAT = 4
 
 
+class _Documents(BaseModel):
+    counted: int
+    measured: int
+    there: int
+
+
+class _Collisions(BaseModel):
+    rows: float | None
+    mass: float | None
+
+
+class _TopToken(BaseModel):
+    token: str
+    image: str | None
+    mass: float
+
+
 class _Report(BaseModel):
     """What is read of a report; see `Quality.report`."""
 
-    documents: dict[str, int]
+    documents: _Documents
     rows: int
-    share: float
-    kinds: dict[str, float]
-    fallback_causes: dict[str, float]
+    share: FiniteFloat
+    kinds: dict[str, FiniteFloat]
+    fallback_causes: dict[str, FiniteFloat]
     empty: float | None
     mass_kept: float | None
-    collisions: dict[str, float | None]
+    collisions: _Collisions
     mapped_ce: float | None
     mapped_ce_per_byte: float | None
     source_top_ce_per_byte: float | None
     source_ce_per_byte: float | None
-    text_ce: list[list[str | float | None]]
-    top_tokens: list[dict[str, Any]]
+    text_ce: list[tuple[str, float | None]]
+    top_tokens: list[_TopToken]
 
 
 def run(config: Config) -> None:

@@ -34,6 +34,7 @@ from fusejax import arguments, scoring, sharding
 from fusejax.errors import UserError
 from fusejax.evaluation.perplexity import (
     DomainSums,
+    needed_tokens,
     require_bytes,
     require_number,
     resolve_stride,
@@ -199,6 +200,7 @@ def _geometric_chunk(
     texts = [first.tokens[i] for i in chunk]
     stride = resolve_stride(stride, max_length)
     inputs, labels, owners = windowed([text["ids"] for text in texts], first.tokenizer, max_length, stride)
+    batch_tokens = needed_tokens(inputs, max_length, batch_tokens)
     mesh = sharding.make_mesh() if mesh is None else mesh
     summed: list[np.ndarray] = []
     for member, share in zip(members, shares, strict=True):

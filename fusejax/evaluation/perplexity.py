@@ -31,6 +31,7 @@ from fusejax.progress import progress
 from fusejax.scoring import Scorer, check_fits, inputs_and_labels
 from fusejax.tokenizers import Tokenizer
 
+_USUAL_TOKENS = 8192  # of a batch
 _WINDOW = 1024  # documents that are sorted by length together
 
 
@@ -68,7 +69,7 @@ def measure(
     *,
     max_length: int,
     stride: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = _USUAL_TOKENS,
     mesh: Mesh | None = None,
     name: str = "model",
 ) -> dict[str, DomainSums]:
@@ -150,7 +151,7 @@ def token_losses(
     *,
     max_length: int,
     stride: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = _USUAL_TOKENS,
     mesh: Mesh | None = None,
     name: str = "model",
 ) -> Iterator[np.ndarray]:
@@ -168,15 +169,26 @@ def token_losses(
         mesh=sharding.make_mesh() if mesh is None else mesh,
     )
     for together in batched(ids, _WINDOW):
-        yield from _cross_entropies(scorer, tokenizer, together, max_length, stride)
+        yield from _cross_entropies(
+            scorer, tokenizer, together, max_length=max_length, stride=stride, batch_tokens=batch_tokens
+        )
 
 
-def resolve_stride(stride: int | None, max_length: int) -> int:
-    """The stride, by default half a window; UserError where it does not fit the window."""
+def resolve_stride(stride: int | None, max_length: int, key: str = "stride") -> int:
+    """The stride, by default half a window; UserError where it does not fit the window. key: how the user gives it."""
     stride = max(max_length // 2, 1) if stride is None else stride
     if not 0 < stride <= max_length:
-        raise UserError(f"stride: {stride} should be between 1 and the {max_length} tokens of a window")
+        raise UserError(f"{key}: {stride} should be between 1 and the {max_length} tokens of a window")
     return stride
+
+
+def needed_tokens(inputs: Sequence[np.ndarray], max_length: int, batch_tokens: int) -> int:
+    """`batch_tokens`, or what these inputs fill where that is less: rows beyond them would be padding.
+
+    Up to the usual size of a batch it stays, so that the last few documents need no programs of their own.
+    """
+    filled = sum(max(2 * len(line), max_length // 8 + 8) for line in inputs)  # padded as `scoring.plan` does, at most
+    return min(batch_tokens, max(filled, _USUAL_TOKENS))
 
 
 def batched(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -240,13 +252,20 @@ def windowed(
 
 
 def _cross_entropies(
-    scorer: Scorer, tokenizer: Tokenizer, documents: Sequence[np.ndarray], max_length: int, stride: int
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    documents: Sequence[np.ndarray],
+    *,
+    max_length: int,
+    stride: int,
+    batch_tokens: int,
 ) -> Iterator[np.ndarray]:
     """`token_losses` of a few documents.
 
     Sums are rounded, so they are taken in an order that does not depend on how documents shared batches.
     """
     inputs, labels, owners = windowed(documents, tokenizer, max_length, stride)
+    scorer.batch_tokens = needed_tokens(inputs, max_length, batch_tokens)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(inputs)
     for places, scores in scorer(inputs, labels):
         for place, part in zip(places, scores, strict=True):

@@ -8,13 +8,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fusejax import corpus, models, paths, sharding, tokenizers, training
+from fusejax import corpus, models, outputs, paths, sharding, tokenizers, training
 from fusejax.config import Config, ModelConfig
+from fusejax.errors import UserError
 from fusejax.evaluation import baselines
 from fusejax.evaluation.ensemble import Member, measure_ensemble
 from fusejax.evaluation.perplexity import measure, numbers
 from fusejax.outputs import fingerprint, write_atomically
 from fusejax.progress import say
+from fusejax.results import Scores
 from fusejax.store import Store
 
 
@@ -130,17 +132,11 @@ def _path(config: Config, name: str) -> Path:
 
 
 def _done_before(config: Config, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    before = _read(_path(config, name))
-    if before is None or before.get("inputs") != inputs:
+    try:
+        before = outputs.read_object(_path(config, name), {"inputs": dict, "bits_per_byte": Scores}, "")
+    except UserError:  # damaged: measured again
+        return None
+    if before is None or before["inputs"] != inputs:
         return None
     say(f"evaluate {name}: done before, skipped")
     return before
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """An earlier result; None where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

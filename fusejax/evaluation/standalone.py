@@ -1,25 +1,30 @@
 """`fusejax evaluate MODEL ... --corpus PATH`: bits per byte of any models on any text, without a job."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import tee
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
-from fusejax import models, outputs, preflight, settings, sharding, tokenizers
+from fusejax import hub, models, outputs, preflight, settings, sharding, tokenizer_files, tokenizers
 from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.corpus import Document, encode, read_documents
 from fusejax.corpus import check as check_corpus
 from fusejax.errors import UserError
 from fusejax.evaluation import ensemble
 from fusejax.evaluation.perplexity import DomainSums, measure, numbers, resolve_stride
+from fusejax.models import files
 from fusejax.progress import console, say
 from fusejax.tokenizers import Tokenizer
 
 _TOGETHER = 256  # documents that are tokenized together
+_NARROW = 20  # characters of a column that a name alone makes no wider
 
 
 def measure_corpus(
@@ -112,30 +117,51 @@ def _tokenized(corpus: CorpusConfig, tokenizer: Tokenizer) -> Iterator[tuple[Doc
 
 def models_of(names: Sequence[str]) -> list[ModelConfig]:
     """The models of a command line; UserError for what can be none."""
+    for name in names:
+        tokenizer_files.require_name(name)
     return [settings.check({"model": name}, ModelConfig, "evaluate") for name in names]
 
 
-def labels_of(given: Sequence[ModelConfig]) -> list[str]:
-    """How tables call the models: by the last part of the name if that tells them apart. UserError for one twice."""
+def labels_of(given: Sequence[ModelConfig], taken: Collection[str] = ()) -> list[str]:
+    """How tables call the models: by the last part of the name if that tells them apart, from what is `taken` too.
+
+    UserError for a model twice, however its folder is written, and for one whose whole name is taken.
+    """
+    places = [_place(model) for model in given]
+    for model, place in zip(given, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"evaluate: {model.model} is named twice")
     labels = [model.label for model in given]
-    if len(set(labels)) < len(labels):
+    if len({*labels, *taken}) < len(labels) + len(taken):
         labels = [model.model for model in given]
     for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"evaluate: {label} is named twice")
+        if label in taken:
+            raise UserError(f"evaluate: {label}: results have a row of this name; write the folder as ./{label}")
     return labels
 
 
+def _place(model: ModelConfig) -> str:
+    path = Path(model.model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model.model
+
+
 def _check(model: ModelConfig, max_length: int | None, stride: int | None) -> None:
-    """UserError for what would fail once the model is loaded, as far as its files are here."""
+    """UserError for what would fail once the model is loaded, as far as its files are here or a hub tells."""
     preflight.check_model(model)
     folder = preflight.folder_of(model)
+    if folder is None or not _is_whole(folder):
+        hub.require_reachable(model.model, "model")
     if max_length is not None:
         preflight.check_length(model, max_length, "--max-length")
-    elif folder is not None:
-        max_length = models.read_config(folder)[1].max_length
-    if max_length is not None:
-        resolve_stride(stride, max_length)
+    context = models.read_config(folder or model.model)[1].max_length  # asks a hub whether there is such a model
+    resolve_stride(stride, max_length or context, "--stride")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(files.weight_files(folder)) and tokenizer_files.has_files(folder)
+    except UserError:
+        return False
 
 
 def run(
@@ -148,7 +174,7 @@ def run(
 ) -> None:
     """Measure every model, and with `kind` their ensemble; show the table, and write all numbers to `json_path`."""
     given = models_of(names)
-    labels = labels_of(given)
+    labels = labels_of(given, taken=() if kind is None else ("ensemble",))
     if json_path is not None:
         outputs.require_writable(json_path)
     if kind is not None:
@@ -163,27 +189,68 @@ def run(
         results[label] = measure_corpus(model, corpus, **options)
     if kind is not None:
         results["ensemble"] = measure_ensemble_of(given, corpus, kind=kind, weights=weights, **options)
-    show(results)
     if json_path is not None:
         values = {label: numbers(sums) for label, sums in results.items()}
         outputs.write_atomically(json_path, json.dumps(values, indent=2) + "\n")
+    show(results)
+    if json_path is not None:
         say(f"evaluate: {json_path}")
 
 
 def show(results: dict[str, dict[str, DomainSums]]) -> None:
-    """The table: bits per byte of each domain, and what was counted."""
-    domains = list(next(iter(results.values())))
-    averaged = len(domains) > 1
-    table = Table("model", *domains, *(["average"] if averaged else []), "perplexity", "tokens", "bytes", "documents",
-                  title="bits per byte, lower is better")  # fmt: skip
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for label, sums in results.items():
-        values = numbers(sums)["bits_per_byte"]
-        whole = DomainSums()
-        for s in sums.values():
-            whole.add(s)
-        cells = [f"{values[key]:.4f}" for key in (*domains, *(["average"] if averaged else []))]
-        cells += [f"{whole.perplexity:.2f}", f"{whole.tokens:,}", f"{whole.bytes:,}", f"{whole.documents:,}"]
-        table.add_row(label, *cells)
-    console.print(table)
+    """Bits per byte of each domain, and what was counted: one table, or several where that is too wide."""
+    labels, domains = list(results), list(next(iter(results.values())))
+    values = [numbers(sums)["bits_per_byte"] for sums in results.values()]
+    wholes = [_total(sums) for sums in results.values()]
+    keys = [*domains, *(["average"] if len(domains) > 1 else [])]
+    scores = [_Column(key, [f"{value[key]:.4f}" for value in values]) for key in keys]
+    counts = [
+        _Column("perplexity", [f"{whole.perplexity:,.2f}" for whole in wholes]),
+        *(_Column(key, [f"{getattr(whole, key):,}" for whole in wholes]) for key in ("tokens", "bytes", "documents")),
+    ]
+    name_width = min(max(map(cell_len, ("model", *labels))), max(console.width // 3, 10))
+    parts = _fitting([*scores, *counts], name_width)
+    if len(parts) > 1:
+        parts = [*_fitting(scores, name_width), *_fitting(counts, name_width)]
+    for part in parts:
+        table = Table(title="all domains" if part[0] in counts else "bits per byte, lower is better")
+        table.add_column("model", width=name_width, overflow="fold")
+        for column in part:
+            table.add_column(Text(column.header), width=column.width, justify="right", overflow="fold")
+        for row in zip(labels, *(column.cells for column in part), strict=True):
+            table.add_row(*map(Text, row))  # a name such as [/red] is no markup
+        console.print(table)
+
+
+def _total(sums: dict[str, DomainSums]) -> DomainSums:
+    whole = DomainSums()
+    for domain in sums.values():
+        whole.add(domain)
+    return whole
+
+
+class _Column(NamedTuple):
+    """Numbers, which are never cut, below a header, which takes several lines where it is much longer than they are."""
+
+    header: str
+    cells: list[str]
+
+    @property
+    def width(self) -> int:
+        return max(min(cell_len(self.header), _NARROW), *map(cell_len, self.cells))
+
+
+def _width(columns: Sequence[_Column], name_width: int) -> int:
+    """Of a table of these, with its borders."""
+    return name_width + 4 + sum(column.width + 3 for column in columns)
+
+
+def _fitting(columns: Sequence[_Column], name_width: int) -> list[list[_Column]]:
+    """The columns of as many tables as the console's width asks for."""
+    parts: list[list[_Column]] = []
+    for column in columns:
+        if parts and _width([*parts[-1], column], name_width) <= console.width:
+            parts[-1].append(column)
+        else:
+            parts.append([column])
+    return parts

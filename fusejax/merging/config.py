@@ -28,7 +28,7 @@ class MergeConfig(MergeKeys):
     max_length: int = Field(2048, ge=8)  # greedy_soup: tokens of a window
     batch_tokens: int = Field(8192, ge=1)  # greedy_soup: tokens of one forward pass
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: each tensor as the base stores it
-    seed: int = Field(0, ge=0)  # dare
+    seed: int = Field(0, ge=0, lt=2**32)  # dare
     output: str = ""
 
     @field_validator("models")
@@ -83,9 +83,11 @@ class MergeConfig(MergeKeys):
 
     @field_validator("output")
     @classmethod
-    def _is_no_address(cls, output: str) -> str:
+    def _is_a_folder_of_its_own(cls, output: str) -> str:
         if paths.is_remote(output):
             raise ValueError(f"merged models are written to folders, not to {output}")
+        if not output or Path.cwd().is_relative_to(Path(output).resolve()):
+            raise ValueError(f"should be a folder that the model has to itself, such as merged/NAME, not {output!r}")
         return output
 
 

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusejax import corpus, export, models, outputs, preflight, sharding
+from fusejax import corpus, export, models, preflight, sharding
 from fusejax.config import ModelConfig
 from fusejax.errors import UserError
 from fusejax.merging import checkpoints, methods
 from fusejax.merging.checkpoints import Checkpoint
 from fusejax.merging.config import MergeConfig
 from fusejax.models import files
-from fusejax.progress import progress, say
+from fusejax.progress import progress, say, warn
 
 
 def merge(config: MergeConfig) -> Path:
-    """Write the merged model to `config.output` and return that folder; nothing is done where it is there already.
+    """Write the merged model to `config.output` and return that folder; nothing is done where it is there, whole.
 
     Raises UserError, naming tensor, key or row, where the models do not fit each other; then nothing is written.
     """
@@ -31,8 +31,10 @@ def merge(config: MergeConfig) -> Path:
         _require_free(config.folder)
     inputs = _inputs(config)
     if before == inputs:
-        say(f"merge {config.folder}: done before, skipped")
-        return config.folder
+        if export.is_whole(config.folder):
+            say(f"merge {config.folder}: done before, skipped")
+            return config.folder
+        warn(f"{config.folder}: is no longer whole, merging again")
     if config.corpus is not None:
         corpus.check(config.corpus)
         for model in config.models:
@@ -160,9 +162,12 @@ def tensor_key(config: MergeConfig, name: str) -> jax.Array:
 
 def _require_free(folder: Path) -> None:
     """UserError where no model can be written, or where one is that no merge made."""
-    outputs.require_writable(folder / "config.json", "choose another `output`, or make it writable")
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder}: holds a model that no merge made; choose another `output`, or remove it")
+    export.require_place(folder)
+    found = export.of_a_model(folder)
+    if found:
+        raise UserError(
+            f"{folder}: holds a model that no merge made ({found[0]}); choose another `output`, or remove it"
+        )
 
 
 def _inputs(config: MergeConfig) -> dict[str, Any]:

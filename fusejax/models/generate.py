@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fusejax import tokenizer_files
 from fusejax.errors import UserError
 from fusejax.models import files
 from fusejax.models.config import check_ids
 from fusejax.models.decoder import Cache, Decoder
 from fusejax.models.texts import TextStream
+from fusejax.options import flag
 from fusejax.progress import warn
 from fusejax.tokenizers import Tokenizer
 
@@ -156,13 +158,13 @@ def tokens(
         check_ids(prompt, model.config.vocab_size, where)
         ids_BP[row, longest - len(prompt) :] = prompt
         segments_BP[row, longest - len(prompt) :] = 1
+    rows = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     choice = None
     if sampling.temperature > 0:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
-        values = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+        values = (jnp.float32(sampling.temperature), jnp.int32(min(sampling.top_k, rows)), jnp.float32(sampling.top_p))
         choice = _Choice(*values, keys)
     graphdef, params = nnx.split(model)
-    rows = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     now, cache = _start(graphdef, rows, _bucket(longest + max_tokens), params, ids_BP, segments_BP, choice)
     for n in range(1, max_tokens):
         later, cache = _next(graphdef, rows, params, now, cache, jnp.int32(n), choice)
@@ -179,6 +181,18 @@ def _check_limits(max_tokens: int, stop: Sequence[str] = ()) -> None:
         raise UserError(f"max_tokens: {max_tokens} is more than {_MOST_TOKENS}, for which no cache is made at once")
     if "" in stop:
         raise UserError("stop: an empty string would stop everything")
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    """UserError for what is no text: bytes of a command line that are not UTF-8 come as halves of surrogate pairs."""
+    for number, prompt in enumerate(prompts, 1):
+        where = "prompt" if len(prompts) == 1 else f"prompt {number}"
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(prompt[error.start])
+            found = f"0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
+            raise UserError(f"{where}: not UTF-8 (character {error.start}: {found})") from None
 
 
 def _numbers(tokens_B: jax.Array) -> np.ndarray:
@@ -224,6 +238,7 @@ class Generator:
         """That of a folder or a hub name; the options are those of `fusejax.load`."""
         from fusejax import models
 
+        tokenizer_files.require_name(str(path_or_repo))
         folder = files.local_folder(path_or_repo, revision)
         tokenizer = Tokenizer.load(str(folder), split_special=False)
         model = models.load(folder, **options)
@@ -242,6 +257,7 @@ class Generator:
         show(row, text): called with each new piece of text as soon as no stop string can begin in it.
         """
         _check_limits(max_tokens, stop)
+        _check_prompts(prompts)
         front = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
         ids = [[*front, *encoded.tolist()] for encoded, _ in self.tokenizer.encode_batch(prompts)]
         streams = [TextStream(self.tokenizer.canonical_bytes, self.ends, stop) for _ in prompts]
@@ -284,11 +300,27 @@ def generate(
     return results[0] if isinstance(prompts, str) else results
 
 
+@contextlib.contextmanager
+def _as_flags() -> Iterator[None]:
+    """Messages that begin with a keyword's name begin with the option's: --max-tokens."""
+    try:
+        yield
+    except UserError as error:
+        name, colon, rest = str(error).partition(":")
+        raise UserError(f"{flag(name)}{colon}{rest}") from None
+
+
 def show(options: argparse.Namespace) -> None:
     """`fusejax generate`: the text on standard output, as it comes; what loading says goes to standard error."""
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    _check_limits(options.max_tokens, options.stop)
+    with _as_flags():
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+        _check_limits(options.max_tokens, options.stop)
+    try:
+        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start}: 0x{error.object[error.start]:02x}"
+        raise UserError(f"prompt: standard input is not UTF-8 ({found})") from None
+    _check_prompts([prompt])
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is the text's alone
         generator = Generator.load(

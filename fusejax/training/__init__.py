@@ -9,13 +9,23 @@ is the jitted function, `loop` runs it.
 
 from fusejax.training.exporting import export, export_run, pair_merge
 from fusejax.training.loop import check, run, train
-from fusejax.training.runs import PAIR, check_settings, read_record, run_config, run_folder, run_inputs, runs
+from fusejax.training.runs import (
+    PAIR,
+    check_models,
+    check_settings,
+    read_record,
+    run_config,
+    run_folder,
+    run_inputs,
+    runs,
+)
 from fusejax.training.state import Trainer
 
 __all__ = [
     "PAIR",
     "Trainer",
     "check",
+    "check_models",
     "check_settings",
     "export",
     "export_run",

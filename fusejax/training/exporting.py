@@ -8,7 +8,7 @@ from fusejax.checkpoint import Checkpoints
 from fusejax.config import Config
 from fusejax.errors import UserError
 from fusejax.merge_keys import SPARSE, WITH_BASE
-from fusejax.progress import say
+from fusejax.progress import say, warn
 from fusejax.training.runs import PAIR, read_record, run_config, run_folder, runs
 from fusejax.training.state import Trainer
 
@@ -54,7 +54,7 @@ def export_dtype(config: Config) -> Literal["float32", "bfloat16"]:
 
 
 def export_run(config: Config, name: str) -> None:
-    """One run's last checkpoint as a Hugging Face folder, unless it is there."""
+    """One run's last checkpoint as a Hugging Face folder, unless it is there, whole."""
     from fusejax import export as hf
 
     folder, config = run_folder(config, name), run_config(config, name)
@@ -63,8 +63,10 @@ def export_run(config: Config, name: str) -> None:
         raise UserError(f"{folder}: run {name!r} is not trained to its end; run `fusejax train` first")
     wanted = {"training": outputs.fingerprint(record["inputs"]), "dtype": config.precision.export}
     if hf.made_from(folder / "export") == wanted:
-        say(f"export {name}: done before, skipped")
-        return
+        if hf.is_whole(folder / "export"):
+            say(f"export {name}: done before, skipped")
+            return
+        warn(f"{folder / 'export'}: is no longer whole, exporting again")
     trainer = Trainer.make(config, record["steps"], with_sources=False)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         _, state = checkpoints.restore(trainer.state)
@@ -72,5 +74,5 @@ def export_run(config: Config, name: str) -> None:
     hf_config, _ = models.read_config(source)
     model = trainer.model(state)
     hf.save(model, hf_config, folder / "export", tokenizer_from=source, dtype=export_dtype(config))
-    outputs.write_atomically(folder / "export" / hf.MARKER, json.dumps(wanted))
+    outputs.write_atomically(folder / "export" / hf.MARKER, json.dumps(wanted), hf.OUTPUT)
     say(f"export {name}: {folder / 'export'}")

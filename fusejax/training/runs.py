@@ -4,9 +4,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import BaseModel
+
 import fusejax
 from fusejax import corpus, models, outputs, paths, settings, tokenizers
 from fusejax.config import Config
+from fusejax.errors import UserError
 from fusejax.source_cache import SourceCache
 
 # Keys that change a result by rounding at most: a run may go on with others.
@@ -19,6 +23,8 @@ _WITHIN_ROUNDING = (
 
 
 _ENTRIES = "cache.top_k of "  # and a source's label; runs of before it was recorded have it in its cache's fingerprint
+_OF_TRAINING = ("metrics.jsonl", "checkpoints")
+_OF_RESULTS = ("report.json", "report.html")
 PAIR = "pair/"  # and a source's label: the run that fuses it into a copy of the target
 
 
@@ -98,8 +104,19 @@ def code_fingerprint() -> str:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What is known of a run: "inputs", "done" and, where it is, "steps" and "throughput"; None before its start."""
-    remedy = "set checkpoint.resume=false to train anew"
-    return outputs.read_object(folder / "training.json", {"inputs": dict, "done": bool}, remedy)
+    needed, optional = {"inputs": dict, "done": bool}, {"throughput": _Throughput}
+    path, remedy = folder / "training.json", "set checkpoint.resume=false to train anew"
+    record = outputs.read_object(path, needed, remedy, optional)
+    left = [name for name in _OF_TRAINING if (folder / name).exists()]
+    if record is None and left:  # it is written first
+        raise UserError(f"{path}: is missing, which says what the {left[0]} beside it is made from; {remedy}")
+    return record
+
+
+class _Throughput(BaseModel):
+    """What is read of it; see `fusejax.training.meter`."""
+
+    tokens_per_s: float | None
 
 
 def check_record(folder: Path, record: dict[str, Any], wanted: dict[str, Any], remedy: str) -> None:
@@ -118,9 +135,28 @@ def check_settings(config: Config, name: str, remedy: str) -> None:
         check_record(folder, {"inputs": known}, wanted, remedy)
 
 
+def check_models(config: Config, remedy: str) -> None:
+    """UserError where the job in the output folder has other models, or caches of another kind, by its config.yaml."""
+    path = config.folder / "config.yaml"
+    try:
+        noted = yaml.safe_load(path.read_text("utf-8"))
+        made, wanted = _models(noted), _models(config.model_dump(mode="json"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); remove it") from None
+    outputs.check_inputs(path, made, wanted, remedy)
+
+
+def _models(values: dict[str, Any]) -> dict[str, Any]:
+    models = {"target": values["target"]} | {f"sources.{i}": source for i, source in enumerate(values["sources"])}
+    found = {f"{at}.{key}": model[key] for at, model in models.items() for key in ("model", "revision", "bos")}
+    return found | {f"cache.{key}": values["cache"][key] for key in ("kind", "rounds", "values")}
+
+
 def forget(folder: Path) -> None:
     """Remove what an earlier run of training left; its inputs and results go together."""
-    for name in ("training.json", "metrics.jsonl"):
+    for name in ("training.json", "metrics.jsonl", *_OF_RESULTS):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
         paths.remove_folder(folder / name)

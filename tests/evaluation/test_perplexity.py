@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusejax import evaluation, models
+from fusejax import evaluation, models, scoring
 from fusejax.errors import UserError
 from fusejax.evaluation import bits_per_byte, measure
 from fusejax.evaluation.perplexity import windows
@@ -60,6 +60,20 @@ def test_does_not_depend_on_batches(make_job, tiny_models):
     small = bits_per_byte(model, tokenizer, documents, tokens, max_length=80, batch_tokens=1)
     large = bits_per_byte(model, tokenizer, documents, tokens, max_length=640, batch_tokens=4096)
     assert small == pytest.approx(large, abs=1e-5)
+
+
+def test_batches_hold_no_more_rows_than_the_text_needs(make_job, tiny_models, monkeypatch):
+    folder, sizes, plan = tiny_models["fine"], [], scoring.plan
+
+    def watched(*arguments):
+        batches = plan(*arguments)
+        sizes.extend(batch.rows * batch.length for batch in batches)
+        return batches
+
+    monkeypatch.setattr(scoring, "plan", watched)
+    documents, tokens = stores(make_job(), folder)
+    bits_per_byte(models.load(folder), Tokenizer.load(folder), documents, tokens, max_length=80, batch_tokens=10**12)
+    assert 0 < max(sizes) <= 8192
 
 
 def test_a_domain_without_anything_to_predict_is_refused(tiny_models):

@@ -6,6 +6,8 @@ import pytest
 from fusejax import cli, models
 from fusejax.config import CorpusConfig, ModelConfig
 from fusejax.evaluation import measure, measure_corpus
+from fusejax.evaluation.perplexity import DomainSums
+from fusejax.evaluation.standalone import show
 from fusejax.tokenizers import Tokenizer
 
 TEXTS = {
@@ -59,9 +61,11 @@ def test_the_command(tiny_models, corpus, tmp_path, capsys):
     (["--corpus", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--corpus", ""], "--corpus: path: String should have at least 1 character"),
     (["--max-length", "0"], "--max-length: 0 should be at least 1"),
-    (["--max-length", "16", "--stride", "20"], "stride: 20 should be between 1 and the 16"),
+    (["--max-length", "16", "--stride", "20"], "--stride: 20 should be between 1 and the 16"),
     (["--text-key", "body"], "body"),
-    (["--stride", "65"], "stride: 65 should be between 1 and the 64 tokens of a window"),
+    (["--corpus", "x" * 300], "xxx: cannot be read (File name too long)"),
+    (["--batch-tokens", "999999999999"], "--batch-tokens: 999999999999 should be at most 16777216"),
+    (["--stride", "65"], "--stride: 65 should be between 1 and the 64 tokens of a window"),
     (["--json", "."], ".: cannot be written (Is a directory): choose another path"),
     (["--json", "gs:/bucket/numbers.json"], "gs:/bucket/numbers.json: an address begins with gs://, as in gs://bucket/"),
     (["--ensemble", "probability", "--weights", "1", "2"], "needs one weight above 0 for each of 1 models"),
@@ -94,6 +98,44 @@ def test_a_faulty_second_model_is_found_before_the_first_is_loaded(tiny_models, 
     assert "coarse and fine cannot be averaged: their tokenizers differ" in capsys.readouterr().err
 
 
+def test_a_second_model_that_is_nowhere_is_found_before_the_first_is_loaded(tiny_models, corpus, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", tiny_models["coarse"], "nope/nope", "--corpus", str(corpus)])
+    assert ended.value.code == 2
+    assert "model 'nope/nope' is neither a folder here nor in the local cache" in capsys.readouterr().err
+
+
+def test_names_are_no_markup_and_numbers_are_written_before_they_are_shown(
+    tiny_models, corpus, tmp_path, monkeypatch, capsys
+):
+    corpus.write_text(json.dumps({"text": TEXTS["code"][0], "kind": "[/red]"}))
+    arguments = ["evaluate", tiny_models["fine"], "--corpus", str(corpus), "--domain-key", "kind"]
+    cli.main([*arguments, "--json", str(tmp_path / "out.json")])
+    assert "┃ [/red] ┃" in capsys.readouterr().out
+    monkeypatch.setattr("fusejax.evaluation.standalone.show", None)
+    with pytest.raises(TypeError):
+        cli.main([*arguments, "--json", str(tmp_path / "again.json")])
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "out.json").read_text()
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_the_table_cuts_no_number_and_no_name(monkeypatch, capsys, width):
+    monkeypatch.setattr("fusejax.evaluation.standalone.console.width", width)
+    sums = DomainSums(nats=1e6, bytes=1_234_567, tokens=345_678, documents=9_876)
+    names = ("llama-generalist", "neox", "/a/folder/much/deeper/than/others/with/a-model-in-it")
+    show({name: {domain: sums for domain in ("prose", "programs", "documentation pages")} for name in names})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    shown = "\n".join(lines)
+    assert "…" not in shown
+    for number, times in (("1.1686", 4 * 3), ("18.04", 3), ("1,037,034", 3), ("3,703,701", 3), ("29,628", 3)):
+        assert shown.count(number) == times
+    pieces = [line[1:].split("│")[0].strip() for line in lines if line.startswith("│")]
+    assert names[-1] in "".join(pieces)
+
+
 def test_windows_beyond_the_context_are_a_warning(tiny_models, corpus, capsys):
     cli.main(["evaluate", tiny_models["fine"], "--corpus", str(corpus), "--max-length", "80"])
     assert "was made for 64 tokens, --max-length asks for 80; it may do worse there" in capsys.readouterr().err
@@ -116,6 +158,8 @@ def test_options_that_would_do_nothing_are_refused(capsys, arguments, message):
 @pytest.mark.parametrize(("model", "message"), [
     ("", "evaluate: model: String should have at least 1 character"),
     ("s3://bucket/model", "evaluate: model: s3://bucket/model is in a bucket"),
+    ("x" * 300, "xxx: should be a model folder or a hub name (File name too long)"),
+    ("~nobody-of-this-name/x", "~nobody-of-this-name/x: should be a model folder or a hub name"),
 ])  # fmt: skip
 def test_what_can_be_no_model(corpus, capsys, model, message):
     with pytest.raises(SystemExit):
@@ -127,3 +171,17 @@ def test_a_model_given_twice_is_refused(tiny_models, corpus, capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", tiny_models["fine"], tiny_models["fine"], "--corpus", str(corpus)])
     assert "named twice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", tiny_models["fine"], f"{tiny_models['fine']}/./", "--corpus", str(corpus)])
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_a_model_called_as_the_ensemble_keeps_its_row(tiny_models, corpus, tmp_path, monkeypatch, capsys):
+    (tmp_path / "ensemble").symlink_to(tiny_models["fine"])
+    monkeypatch.chdir(tmp_path)
+    given = [tiny_models["coarse"], "--corpus", str(corpus), "--ensemble", "probability", "--json", "out.json"]
+    cli.main(["evaluate", "./ensemble", *given])
+    assert list(json.loads((tmp_path / "out.json").read_text())) == ["./ensemble", tiny_models["coarse"], "ensemble"]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "ensemble", *given])
+    assert "ensemble: results have a row of this name; write the folder as ./ensemble" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -129,6 +131,12 @@ def test_a_merge_that_is_there_is_kept(three, tmp_path, capsys):
     assert "done before, skipped" in capsys.readouterr().out
     merge(tmp_path, **values, normalize=False)
     assert weights.stat().st_mtime_ns != before
+    before = weights.read_bytes()
+    for damage in (Path.unlink, lambda path: os.truncate(path, 1000)):
+        damage(weights)
+        merge(tmp_path, **values, normalize=False)
+        assert "out: is no longer whole, merging again" in capsys.readouterr().err
+        assert weights.read_bytes() == before
 
 
 def test_large_models_are_split_into_shards(three, tmp_path, monkeypatch):
@@ -146,6 +154,18 @@ def test_the_output_is_none_of_the_models(three):
             settings.check(
                 {"method": "linear", "models": three[1:], "output": output}, config.MergeConfig, "merge.yaml"
             )
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    *[("output", o, "output: should be a folder that the model has to itself") for o in ("", ".", "..", "x/..", "/")],
+    ("seed", 2**32, "seed: .* less than 4294967296"),
+])  # fmt: skip
+def test_values_that_would_fail_later_are_refused(three, tmp_path, monkeypatch, key, value, message):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=message):
+        merge(tmp_path, method="linear", models=three[1:], **{key: value})
+    assert not list(tmp_path.glob("here/*"))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -220,9 +240,24 @@ def test_an_output_that_cannot_be_is_found_before_a_model_is_read(three, tmp_pat
     with pytest.raises(UserError, match=r"file/config.json: cannot be written \(Not a directory\): choose another"):
         merge(tmp_path, method="linear", models=three[1:], output=str(tmp_path / "file"))
     with pytest.raises(
-        UserError, match="base: holds a model that no merge made; choose another `output`, or remove it"
+        UserError,
+        match=r"base: holds a model that no merge made \(config.json\); choose another `output`, or remove it",
     ):
         merge(tmp_path, method="linear", models=three[1:], output=three[0])
+    with pytest.raises(UserError, match=r"x/config.json: cannot be written \(File name too long\): choose another"):
+        merge(tmp_path, method="linear", models=three[1:], output=str(tmp_path / ("x" * 300)))
+
+
+@pytest.mark.parametrize("name", ["model-backup.safetensors", "pytorch_model_old.bin", "tokenizer.json"])
+def test_what_no_merge_made_is_never_replaced(three, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"out: holds a model that no merge made \({name}\)"):
+        merge(tmp_path, method="linear", models=three[1:])
+    (tmp_path / "out" / name).unlink()
+    merge(tmp_path, method="linear", models=three[1:])
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
 def test_greedy_soup_keeps_what_helps(three, tmp_path, capsys):

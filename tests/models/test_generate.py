@@ -1,6 +1,7 @@
 """Generation: greedy as torch's `generate`, sampling by its definition, text as it streams."""
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -102,6 +103,7 @@ def test_samples_depend_on_seed_and_row_alone():
     assert first.max() < 37
     np.testing.assert_array_equal(sampled(prompts), sampled(prompts, temperature=2.0, top_k=1))
     np.testing.assert_array_equal(sampled(prompts), sampled(prompts, temperature=2.0, top_p=1e-6))
+    np.testing.assert_array_equal(first, sampled(prompts, temperature=2.0, seed=1, top_k=10**12))
 
 
 @settings(max_examples=30, deadline=None)
@@ -285,6 +287,22 @@ def test_a_local_folder_has_no_revision(tiny_models):
             load(tiny_models["coarse"], revision="v1")
 
 
+def test_prompts_that_are_no_text(tiny_models, monkeypatch, capsys):
+    from fusejax import cli
+
+    with pytest.raises(UserError, match=r"^prompt 2: not UTF-8 \(character 1: half a surrogate pair\)"):
+        fusejax.generate(tiny_models["fine"], ["a", "b\ud83d"])
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "/nowhere", "caf\udce9"])  # as a command line gives bytes that are not UTF-8
+    assert capsys.readouterr().err == "error: prompt: not UTF-8 (character 3: 0xe9)\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "/nowhere", "-"])
+    assert capsys.readouterr().err == "error: prompt: standard input is not UTF-8 (byte 3: 0xe9)\n"
+    with pytest.raises(UserError, match=r"xxx: should be a model folder or a hub name \(File name too long\)"):
+        Generator.load("x" * 300)
+
+
 def test_special_tokens_in_prompts(tiny_models):
     tokenizer = Tokenizer.load(tiny_models["coarse"], split_special=False)
     assert tokenizer.encode("a</s>")[0][-1] == tokenizer.eos_id
@@ -301,10 +319,14 @@ def test_command(tiny_models, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert shown.out == wanted + "\n"
     assert "load" in shown.err
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["generate", tiny_models["fine"], "The cat", "--top-p", "2"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: top_p: 2.0 should be above 0 and at most 1\n"
+    for option, value, wanted in (
+        ("--top-p", "2", "2.0 should be above 0 and at most 1"),
+        ("--max-tokens", "-1", "-1 should be a whole number above 0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["generate", tiny_models["fine"], "The cat", option, value])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"error: {option}: {wanted}\n"
 
 
 def test_values_that_are_no_numbers_are_said(tiny_models):
