@@ -28,7 +28,9 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def at(path: str | os.PathLike) -> Path:
-    """The path, of this machine or in a bucket; UserError for a kind of address that etils.epath does not know."""
+    """The path, of this machine or in a bucket; UserError for what can be neither."""
+    if "\0" in os.fspath(path):
+        raise UserError(f"{os.fspath(path)!r}: a path cannot hold the character 0")
     if not is_remote(path):
         _refuse_one_slash(os.fspath(path))
         return Path(path)

@@ -137,6 +137,12 @@ def test_a_run_counts_once_and_a_second_of_its_seed_stands_alone(runs, tmp_path,
     assert rows[3]["standard deviation of average"] == ""
 
 
+def test_two_tables_in_one_file(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["report", runs[0], "--csv", str(tmp_path / "x"), "--html", str(tmp_path / "x")])
+    assert "x: is named for two tables" in capsys.readouterr().err
+
+
 def test_numbers_are_not_cut_where_names_are_long(tmp_path, capsys):
     domains = {f"a domain of no short name {i}": 123.4567 for i in range(8)} | {"average": 123.4567}
     run = write(

@@ -91,6 +91,9 @@ def test_dump_round_trips(path, overrides):
         ("evaluation.corpus=3", r"evaluation.corpus: should be \{key: value\} of path"),
         ("output=s3:/bucket/run", "s3:/bucket/run: an address begins with s3://, as in s3://bucket/run"),
         ("target.bos=never", "should be the same"),
+        ("sources.²=x", "'²' should be an index below 2"),
+        ("sources=&a [*a]", "not valid YAML: "),
+        ('output="a\\0b"', r"'a\\x00b': a path cannot hold the character 0"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_clear_line(path, override, message):
