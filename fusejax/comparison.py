@@ -245,10 +245,10 @@ def run(
 ) -> None:
     """Show the table, and write it where paths are given."""
     wanted = [path for path in (csv_path, markdown_path, html_path) if path is not None]
-    for path in wanted:
-        outputs.require_writable(path)
-        if wanted.count(path) > 1:
-            raise UserError(f"{path}: is named for two tables; give each a file of its own")
+    for given in wanted:
+        outputs.require_writable(given)
+        if wanted.count(given) > 1:
+            raise UserError(f"{given}: is named for two tables; give each a file of its own")
     there = {folder if paths.is_remote(folder) else os.path.realpath(folder): folder for folder in reversed(folders)}
     grouped = groups([read(folder) for folder in reversed(there.values())])
     columns, rows = table(grouped)

@@ -21,6 +21,7 @@ from rich.table import Table
 console = Console(stderr=False, highlight=False, soft_wrap=True)
 
 _PLAIN_INTERVAL_S = 5.0
+_FOLDED = 12  # characters of a line of words that a terminal has no room for
 
 
 def show_table(table: Table, names: int = 1) -> None:
@@ -32,9 +33,14 @@ def show_table(table: Table, names: int = 1) -> None:
         column.overflow = "fold"
     for column in table.columns[names:]:
         column.justify, column.no_wrap = "right", True
-    wanted = Measurement.get(console, console.options.update(max_width=10_000), table)
+    folded = _FOLDED if console.is_terminal else None
+    for column in table.columns[:names]:
+        column.max_width = folded
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    for column in table.columns[:names]:
+        column.max_width = None
     width = console.width
-    console.width = max(width, wanted.minimum if console.is_terminal else wanted.maximum)
+    console.width = max(width, needed)
     console.print(table)
     console.width = width
 

@@ -5,10 +5,9 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import tee
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -20,11 +19,10 @@ from fusejax.errors import UserError
 from fusejax.evaluation import ensemble
 from fusejax.evaluation.perplexity import DomainSums, measure, numbers, resolve_stride
 from fusejax.models import files
-from fusejax.progress import console, say
+from fusejax.progress import say, show_table
 from fusejax.tokenizers import Tokenizer
 
 _TOGETHER = 256  # documents that are tokenized together
-_NARROW = 20  # characters of a column that a name alone makes no wider
 
 
 def measure_corpus(
@@ -198,59 +196,18 @@ def run(
 
 
 def show(results: dict[str, dict[str, DomainSums]]) -> None:
-    """Bits per byte of each domain, and what was counted: one table, or several where that is too wide."""
-    labels, domains = list(results), list(next(iter(results.values())))
-    values = [numbers(sums)["bits_per_byte"] for sums in results.values()]
-    wholes = [_total(sums) for sums in results.values()]
-    keys = [*domains, *(["average"] if len(domains) > 1 else [])]
-    scores = [_Column(key, [f"{value[key]:.4f}" for value in values]) for key in keys]
-    counts = [
-        _Column("perplexity", [f"{whole.perplexity:,.2f}" for whole in wholes]),
-        *(_Column(key, [f"{getattr(whole, key):,}" for whole in wholes]) for key in ("tokens", "bytes", "documents")),
-    ]
-    name_width = min(max(map(cell_len, ("model", *labels))), max(console.width // 3, 10))
-    parts = _fitting([*scores, *counts], name_width)
-    if len(parts) > 1:
-        parts = [*_fitting(scores, name_width), *_fitting(counts, name_width)]
-    for part in parts:
-        table = Table(title="all domains" if part[0] in counts else "bits per byte, lower is better")
-        table.add_column("model", width=name_width, overflow="fold")
-        for column in part:
-            table.add_column(Text(column.header), width=column.width, justify="right", overflow="fold")
-        for row in zip(labels, *(column.cells for column in part), strict=True):
-            table.add_row(*map(Text, row))  # a name such as [/red] is no markup
-        console.print(table)
-
-
-def _total(sums: dict[str, DomainSums]) -> DomainSums:
-    whole = DomainSums()
-    for domain in sums.values():
-        whole.add(domain)
-    return whole
-
-
-class _Column(NamedTuple):
-    """Numbers, which are never cut, below a header, which takes several lines where it is much longer than they are."""
-
-    header: str
-    cells: list[str]
-
-    @property
-    def width(self) -> int:
-        return max(min(cell_len(self.header), _NARROW), *map(cell_len, self.cells))
-
-
-def _width(columns: Sequence[_Column], name_width: int) -> int:
-    """Of a table of these, with its borders."""
-    return name_width + 4 + sum(column.width + 3 for column in columns)
-
-
-def _fitting(columns: Sequence[_Column], name_width: int) -> list[list[_Column]]:
-    """The columns of as many tables as the console's width asks for."""
-    parts: list[list[_Column]] = []
-    for column in columns:
-        if parts and _width([*parts[-1], column], name_width) <= console.width:
-            parts[-1].append(column)
-        else:
-            parts.append([column])
-    return parts
+    """The table: bits per byte of each domain, and what was counted."""
+    domains = list(next(iter(results.values())))
+    scores = [*domains, *(["average"] if len(domains) > 1 else [])]
+    counts = ["tokens", "bytes", "documents"]
+    table = Table(title="bits per byte, lower is better")
+    for header in ("model", *scores, "perplexity", *counts):
+        table.add_column(Text(header))
+    for label, sums in results.items():
+        values, whole = numbers(sums)["bits_per_byte"], DomainSums()
+        for domain in sums.values():
+            whole.add(domain)
+        cells = [f"{values[key]:.4f}" for key in scores]
+        cells += [f"{whole.perplexity:,.2f}", *(f"{getattr(whole, key):,}" for key in counts)]
+        table.add_row(*map(Text, (label, *cells)))  # a name such as [/red] is no markup
+    show_table(table)
