@@ -77,10 +77,9 @@ class Batches:
         self._config = config
         self._tokenizer = tokenizers.for_model(config.target)
         self._tokens = _tokens(config, self._tokenizer)
-        n_extra = int(self._tokenizer.adds_bos) + int(self._tokenizer.eos_id is not None)
         counts = token_counts(self._tokens)
         # A document without a token has nothing to teach.
-        self._lengths = np.where(counts > 0, counts + n_extra, 0)
+        self._lengths = np.where(counts > 0, counts + self._tokenizer.added, 0)
         self._sources = [_Source(config, source) for source in config.sources] if with_sources else []
         self._packings: list[Packing] = []
         self._first_sequence = [0]  # of each epoch

@@ -37,10 +37,9 @@ def show(config: Config, options: Options) -> None:
     pool = f" ({aot.POOL} changes it)" if devices[0].device_kind.startswith("NVIDIA") else ""
     say(f"{options.topology}: a program can have {_gib(available)} of each device's memory{pool}")
     say(f"mesh: {sharding.described(sharding.make_mesh(config.mesh, devices))}")
-    known = plan.corpus_tokens(config)
-    tokens = known.number
+    tokens, known_by = plan.corpus_tokens(config)
     if tokens != tokens:
-        say(f"tokens of the corpus: {known.known_by}")
+        say(f"tokens of the corpus: {known_by}")
     found: list[Json] = []
     outcomes: dict[Any, tuple[Outcome, Outcome | None]] = {}
     own = aot.one_process(options.topology, devices)
@@ -58,7 +57,7 @@ def show(config: Config, options: Options) -> None:
     }  # fmt: skip
     _print(found, options.mfu)
     if options.json:
-        outputs.write_atomically(options.json, json.dumps(about, indent=1) + "\n")
+        outputs.write_atomically(options.json, json.dumps(about, indent=1) + "\n", outputs.ANOTHER_PATH)
     lost = [f"{stage['name']} ({stage['reason']})" for stage in found if not (stage["fits"] or stage["change"])]
     if lost:
         raise UserError(f"{options.topology}: no configuration that fits was found for {', '.join(lost)}")

@@ -6,6 +6,7 @@ the models' own configurations where they are here, else from the size in their 
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from fusejax import models, preflight, tokenizers
 from fusejax.config import Config, ModelConfig
-from fusejax.corpus import encode, local_size, read_documents, split_document
+from fusejax.corpus import Document, encode, local_size, read_documents, split_document
 from fusejax.errors import UserError
 from fusejax.models import published
 from fusejax.packing import pack
@@ -55,49 +56,46 @@ def model_size(model: ModelConfig) -> Size:
     return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 65536, "by its name")
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of the training corpus, how they are known, and the share of the training sequences that they fill."""
-
-    number: float
-    known_by: str
-    filled: float | None = None
-
-
-def corpus_tokens(config: Config) -> Tokens:
-    """As far as they are known without fetching anything."""
+def corpus_tokens(config: Config) -> tuple[float, str]:
+    """(tokens of the training corpus, how that is known)."""
     size = local_size(config.corpus)
     if size is not None:
-        ratio, filled = _sample(config)
-        return Tokens(size / ratio, f"{size / 1e6:.1f} MB of text on this machine, {ratio:.1f} bytes a token", filled)
+        ratio = _bytes_per_token(config)
+        return size / ratio, f"{size / 1e6:.1f} MB of text on this machine, {ratio:.1f} bytes a token"
     if config.corpus.expected_tokens is None:
-        return Tokens(float("nan"), "unknown until the corpus is fetched; set corpus.expected_tokens for a plan")
-    return Tokens(float(config.corpus.expected_tokens), "corpus.expected_tokens")
+        return float("nan"), "unknown until the corpus is fetched; set corpus.expected_tokens for a plan"
+    return float(config.corpus.expected_tokens), "corpus.expected_tokens"
 
 
-def _sample(config: Config) -> tuple[float, float | None]:
-    """(bytes for each token, share of the sequences filled) of some documents in the target's tokenizer.
-
-    As far as tokenizers are on this machine: `prepare` cuts long texts, not conversations, by all of them.
-    """
-    if preflight.folder_of(config.target) is None:
-        return BYTES_PER_TOKEN, None
+def _sample(config: Config) -> list[Document]:
     first = list(islice(read_documents(config.corpus), _LOOKED_AT))
-    documents = first[:: max(1, len(first) // _SAMPLE)]
+    return first[:: max(1, len(first) // _SAMPLE)]
+
+
+def _lengths(config: Config, documents: Sequence[Document]) -> np.ndarray:
+    return np.array([len(tokens["ids"]) for tokens in encode(tokenizers.for_model(config.target), documents)])
+
+
+def _bytes_per_token(config: Config) -> float:
+    """Of some documents in the target's tokenizer, where that is on this machine."""
+    if preflight.folder_of(config.target) is None:
+        return BYTES_PER_TOKEN
+    documents = _sample(config)
     size = sum(len((document.conversation or document.text).encode("utf-8")) for document in documents)
-    all_here = all(preflight.folder_of(source) is not None for source in config.sources)
-    cut = all_here and config.corpus.messages_key is None
-    if cut:
-        known = list(tokenizers.for_config(config).values())
-        documents = [part for each in documents for part in split_document(each, known, config.max_length)]
-    target = tokenizers.for_model(config.target)
-    lengths = np.array([len(tokens["ids"]) for tokens in encode(target, documents)])
-    ratio = size / max(lengths.sum(), 1)
-    if not cut:
-        return ratio, None
-    n_extra = int(target.adds_bos) + int(target.eos_id is not None)
-    sequences = len(pack(lengths + n_extra, config.max_length, 0, 0, config.batch.packed))
-    return ratio, lengths.sum() / max(1, sequences * config.max_length)
+    return size / max(_lengths(config, documents).sum(), 1)
+
+
+def filled(config: Config) -> float | None:
+    """The share of the training sequences that some documents fill, cut and packed as in the job; None where that is
+    not known: of conversations, which are not cut, and where the corpus or a tokenizer that cuts is not here."""
+    here = [preflight.folder_of(model) is not None for model in (config.target, *config.sources)]
+    if not all(here) or config.corpus.messages_key is not None or local_size(config.corpus) is None:
+        return None
+    known = list(tokenizers.for_config(config).values())
+    parts = [part for each in _sample(config) for part in split_document(each, known, config.max_length)]
+    lengths, target = _lengths(config, parts), tokenizers.for_model(config.target)
+    sequences = len(pack(lengths + target.added, config.max_length, 0, 0, config.batch.packed))
+    return lengths.sum() / max(1, sequences * config.max_length)
 
 
 def top_k(config: Config, source: ModelConfig) -> int:
@@ -119,16 +117,16 @@ def show(config: Config) -> None:
     from fusejax.evaluation import baselines
 
     preflight.check(config)
-    known = corpus_tokens(config)
-    tokens = known.number
+    tokens, known_by = corpus_tokens(config)
+    share = filled(config)
     target = model_size(config.target)
     sources = [(source, model_size(source)) for source in config.sources]
     batch = config.batch.sequences * config.max_length
-    steps = config.batch.steps or max(1.0, tokens / (known.filled or 1.0) / batch) * config.batch.epochs
+    steps = config.batch.steps or max(1.0, tokens / (share or 1.0) / batch) * config.batch.epochs
     exact = config.batch.steps is not None or math.isnan(tokens)
     # Documents do not fill every sequence.
-    about = "" if exact else "about " if known.filled else "at least "
-    say(f"tokens of the corpus: {readable_number(tokens)} ({known.known_by})")
+    about = "" if exact else "about " if share else "at least "
+    say(f"tokens of the corpus: {readable_number(tokens)} ({known_by})")
     shape = f"{config.batch.sequences} sequences x {config.max_length} tokens"
     say(f"training: {about}{readable_number(steps)} steps of {shape}")
 

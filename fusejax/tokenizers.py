@@ -106,6 +106,11 @@ class Tokenizer:
         return self.roles.get("bos")
 
     @property
+    def added(self) -> int:
+        """Tokens that a document has beside its text's: EOS, and BOS where it is put before a text."""
+        return int(self.adds_bos) + int(self.eos_id is not None)
+
+    @property
     def pad_id(self) -> int | None:
         return self.roles.get("pad")
 
