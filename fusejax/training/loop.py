@@ -84,6 +84,8 @@ def _begin(job: Config, folder: Path, inputs: dict[str, Any]) -> None:
     _note(job)
     if not job.checkpoint.resume:
         forget(folder)
+        for name in ("report.json", "report.html"):  # of the job, whichever of its runs begins anew
+            (job.folder / name).unlink(missing_ok=True)
     outputs.write_atomically(folder / "training.json", json.dumps({"inputs": inputs, "done": False}, indent=1))
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 import fusejax
 from fusejax import corpus, models, outputs, paths, settings, tokenizers
-from fusejax.config import Config
+from fusejax.config import Config, validate
 from fusejax.errors import UserError
 from fusejax.source_cache import SourceCache
 
@@ -24,7 +24,6 @@ _WITHIN_ROUNDING = (
 
 _ENTRIES = "cache.top_k of "  # and a source's label; runs of before it was recorded have it in its cache's fingerprint
 _OF_TRAINING = ("metrics.jsonl", "checkpoints")
-_OF_RESULTS = ("report.json", "report.html")
 PAIR = "pair/"  # and a source's label: the run that fuses it into a copy of the target
 
 
@@ -103,7 +102,10 @@ def code_fingerprint() -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What is known of a run: "inputs", "done" and, where it is, "steps" and "throughput"; None before its start."""
+    """What is known of a run: "inputs", "done" and, where it is, "steps" and "throughput"; None before its start.
+
+    UserError where the record is damaged, or missing beside what the run left.
+    """
     needed, optional = {"inputs": dict, "done": bool}, {"throughput": _Throughput}
     path, remedy = folder / "training.json", "set checkpoint.resume=false to train anew"
     record = outputs.read_object(path, needed, remedy, optional)
@@ -140,23 +142,23 @@ def check_models(config: Config, remedy: str) -> None:
     path = config.folder / "config.yaml"
     try:
         noted = yaml.safe_load(path.read_text("utf-8"))
-        made, wanted = _models(noted), _models(config.model_dump(mode="json"))
     except FileNotFoundError:
         return
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); remove it") from None
-    outputs.check_inputs(path, made, wanted, remedy)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({paths.one_line(error)}); remove it") from None
+    made = validate(noted if isinstance(noted, dict) else {}, str(path))
+    outputs.check_inputs(path, _models(made), _models(config), remedy)
 
 
-def _models(values: dict[str, Any]) -> dict[str, Any]:
-    models = {"target": values["target"]} | {f"sources.{i}": source for i, source in enumerate(values["sources"])}
-    found = {f"{at}.{key}": model[key] for at, model in models.items() for key in ("model", "revision", "bos")}
-    return found | {f"cache.{key}": values["cache"][key] for key in ("kind", "rounds", "values")}
+def _models(config: Config) -> dict[str, Any]:
+    models = {"target": config.target} | {f"sources.{i}": source for i, source in enumerate(config.sources)}
+    found = {f"{at}.{key}": getattr(model, key) for at, model in models.items() for key in ("model", "revision", "bos")}
+    return found | {f"cache.{key}": getattr(config.cache, key) for key in ("kind", "rounds", "values")}
 
 
 def forget(folder: Path) -> None:
     """Remove what an earlier run of training left; its inputs and results go together."""
-    for name in ("training.json", "metrics.jsonl", *_OF_RESULTS):
+    for name in ("training.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
         paths.remove_folder(folder / name)
