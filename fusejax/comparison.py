@@ -207,8 +207,7 @@ def as_html(grouped: dict[str, list[Run]], columns: list[str], rows: Sequence[Ro
         parts += [f"<h2>{html.escape(name)}</h2>", plots.bits_per_byte({"evaluation": {"bits_per_byte": means}})]
         histories = {model: metrics.read(folder, metrics.TRAINING) for model, folder in _histories(members[0]).items()}
         if any(histories.values()):
-            seed = members[0].report.get("config", {}).get("seed")
-            note = f"<p>Training loss of seed {seed}.</p>" if len(members) > 1 else ""
+            note = f"<p>Training loss of seed {members[0].seed}.</p>" if len(members) > 1 else ""
             parts += [note, plots.losses(histories)]
         if members[0].report["alignment"]:
             parts.append(_alignment(members[0]))
@@ -273,5 +272,5 @@ def run(
     }
     for path, make in made.items():
         if path is not None:
-            outputs.write_atomically(path, make())
+            outputs.write_atomically(path, make(), outputs.ANOTHER_PATH)
             say(f"report: {path}")

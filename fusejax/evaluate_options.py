@@ -10,8 +10,8 @@ from fusejax.options import flag, given, refuse
 # What belongs to --corpus alone, to --suite alone, and to both.
 _TEXT = ("split", "text_key", "domain_key", "max_length", "stride", "ensemble", "weights")
 _SUITE = ("data", "include_path", "benchmarks", "code", "code_output", "run_code")
-_MOST_TOKENS = 1 << 24  # of a batch: no device holds the activations of more
 _BOTH = ("limit", "batch_tokens", "compute", "json")
+_MOST_TOKENS = 1 << 24  # of a batch: no device holds the activations of more
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,6 @@ _DROPPED = ("torch_dtype", "auto_map", "_name_or_path", "transformers_version")
 
 MARKER = "fusejax.json"  # in an exported or merged folder: what it was made from
 _REPLACED = ("config.json", "generation_config.json", MARKER, *files.TOKENIZER_FILES)
-OUTPUT = "choose another `output`, or make it writable"
 # What save_pretrained and `write_weights` call weights, and nothing else: model-backup.safetensors is the user's.
 _PART = r"(-\d+-of-\d+)?"
 _WEIGHTS = re.compile(
@@ -102,7 +101,7 @@ def written(folder: Path) -> Iterator[Path]:
 
 def require_place(folder: Path) -> None:
     """UserError where no folder of a model can come to lie."""
-    outputs.require_writable(folder / "config.json", OUTPUT)
+    outputs.require_writable(folder / "config.json", "choose another `output`, or make it writable")
     if os.path.ismount(folder):
         raise UserError(
             f"{folder}: is a mount point, which cannot be renamed; choose another `output`, such as one in it"

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -29,6 +30,9 @@ def fingerprint(value: Any) -> str:
     return sha256(value).hexdigest()[:16]
 
 
+ANOTHER_PATH = "choose another path, or make it writable"  # remedy for a file that the user names by an option
+
+
 def file_fingerprint(path: str | os.PathLike) -> str:
     """16 hex digits over a file's bytes."""
     digest = sha256()
@@ -38,9 +42,7 @@ def file_fingerprint(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomically(
-    path: str | os.PathLike, data: str | bytes, remedy: str = "choose another path, or make it writable"
-) -> None:
+def write_atomically(path: str | os.PathLike, data: str | bytes, remedy: str = "") -> None:
     """Write a whole file or nothing; a full disk or a read-only folder is a UserError (remedy: `writing_failed`'s)."""
     path = paths.at(path)
     try:
@@ -191,6 +193,9 @@ def check_inputs(
         raise UserError(f"{folder}: was made with other settings: {details}; {remedy}")
 
 
+_checker = functools.cache(TypeAdapter)  # a store can have thousands of notes of the same kinds
+
+
 def read_object(
     path: Path, needed: Mapping[str, Any], remedy: str, optional: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any] | None:
@@ -211,7 +216,7 @@ def read_object(
         if not isinstance(found, dict) or key not in found:
             raise UserError(f"{path}: is damaged, it has no {key}; {remedy}")
         try:
-            TypeAdapter(kind).validate_json(json.dumps(found[key]), strict=True)
+            _checker(kind).validate_json(json.dumps(found[key]), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             at = ".".join(map(str, (key, *first["loc"])))

@@ -84,7 +84,7 @@ def check_model(model: ModelConfig) -> None:
     if cached is None:
         return
     models.read_config(cached)
-    if _has_all_weights(cached):  # what is missing in the cache will be fetched
+    if has_all_weights(cached):  # what is missing in the cache will be fetched
         _check_weights(cached)
     if tokenizer_files.has_files(cached):
         _check_tokenizer(Tokenizer.load(str(cached), bos=model.bos), cached, model.model)
@@ -130,7 +130,8 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
-def _has_all_weights(folder: Path) -> bool:
+def has_all_weights(folder: Path) -> bool:
+    """Whether all files of a model's weights are in a folder, by their names."""
     try:
         files.weight_files(folder)
     except UserError:

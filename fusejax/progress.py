@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-console = Console(stderr=False, highlight=False, soft_wrap=True)
+console = Console(stderr=False, highlight=False, soft_wrap=True, emoji=False)
 
 _PLAIN_INTERVAL_S = 5.0
 _FOLDED = 12  # characters of a line of words that a terminal has no room for

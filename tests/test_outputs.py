@@ -62,7 +62,10 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/null")
     for path in (tmp_path / "pipe", tmp_path / "link"):
-        for use in (outputs.require_writable, lambda path: outputs.write_atomically(path, "x")):
+        for use in (
+            outputs.require_writable,
+            lambda path: outputs.write_atomically(path, "x", outputs.ANOTHER_PATH),
+        ):
             with pytest.raises(
                 UserError, match=rf"{path}: cannot be written \(is no regular file\): choose another path"
             ):
@@ -84,5 +87,9 @@ def test_a_folder_that_takes_no_file_is_found_before_the_work():
         UserError, match=r"x.html: cannot be written \(No such file or directory\): choose another path"
     ):
         outputs.require_writable("/proc/x.html")
-    with pytest.raises(UserError, match=r"choose another path, or make it writable"):
-        outputs.write_atomically("/proc/x.html", "x")
+    for remedy, told in (
+        (outputs.ANOTHER_PATH, "choose another path, or make"),
+        ("", "choose another `output`, or make"),
+    ):
+        with pytest.raises(UserError, match=told):  # a job's own files are in its `output`
+            outputs.write_atomically("/proc/x.html", "x", remedy)

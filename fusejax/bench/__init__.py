@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {"cases": [case.as_json() for case in cases], "machine": core.machine()}
     core.show(options.what, cases, result["machine"])
     if options.json:
-        outputs.write_atomically(options.json, json.dumps(result, indent=1) + "\n")
+        outputs.write_atomically(options.json, json.dumps(result, indent=1) + "\n", outputs.ANOTHER_PATH)
 
 
 def _load(module: str) -> ModuleType:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from fusejax import hub, models, outputs, preflight, settings, sharding, tokenizer_files, tokenizers
 from fusejax.config import CorpusConfig, ModelConfig
@@ -18,7 +18,6 @@ from fusejax.corpus import check as check_corpus
 from fusejax.errors import UserError
 from fusejax.evaluation import ensemble
 from fusejax.evaluation.perplexity import DomainSums, measure, numbers, resolve_stride
-from fusejax.models import files
 from fusejax.progress import say, show_table
 from fusejax.tokenizers import Tokenizer
 
@@ -147,19 +146,12 @@ def _check(model: ModelConfig, max_length: int | None, stride: int | None) -> No
     """UserError for what would fail once the model is loaded, as far as its files are here or a hub tells."""
     preflight.check_model(model)
     folder = preflight.folder_of(model)
-    if folder is None or not _is_whole(folder):
+    if folder is None or not (preflight.has_all_weights(folder) and tokenizer_files.has_files(folder)):
         hub.require_reachable(model.model, "model")
     if max_length is not None:
         preflight.check_length(model, max_length, "--max-length")
     context = models.read_config(folder or model.model)[1].max_length  # asks a hub whether there is such a model
     resolve_stride(stride, max_length or context, "--stride")
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        return bool(files.weight_files(folder)) and tokenizer_files.has_files(folder)
-    except UserError:
-        return False
 
 
 def run(
@@ -189,7 +181,7 @@ def run(
         results["ensemble"] = measure_ensemble_of(given, corpus, kind=kind, weights=weights, **options)
     if json_path is not None:
         values = {label: numbers(sums) for label, sums in results.items()}
-        outputs.write_atomically(json_path, json.dumps(values, indent=2) + "\n")
+        outputs.write_atomically(json_path, json.dumps(values, indent=2) + "\n", outputs.ANOTHER_PATH)
     show(results)
     if json_path is not None:
         say(f"evaluate: {json_path}")
@@ -202,12 +194,12 @@ def show(results: dict[str, dict[str, DomainSums]]) -> None:
     counts = ["tokens", "bytes", "documents"]
     table = Table(title="bits per byte, lower is better")
     for header in ("model", *scores, "perplexity", *counts):
-        table.add_column(Text(header))
+        table.add_column(escape(header))
     for label, sums in results.items():
         values, whole = numbers(sums)["bits_per_byte"], DomainSums()
         for domain in sums.values():
             whole.add(domain)
         cells = [f"{values[key]:.4f}" for key in scores]
         cells += [f"{whole.perplexity:,.2f}", *(f"{getattr(whole, key):,}" for key in counts)]
-        table.add_row(*map(Text, (label, *cells)))  # a name such as [/red] is no markup
+        table.add_row(escape(label), *cells)
     show_table(table)

@@ -63,7 +63,9 @@ def run(
     if not any(results.values()) and code_options is None:
         raise UserError(f"evaluate: no benchmark of {suite} could be run; give what the lines `not run` say")
     if json_path is not None:
-        outputs.write_atomically(json_path, json.dumps(as_json(chosen, results, lacking, limit), indent=2) + "\n")
+        outputs.write_atomically(
+            json_path, json.dumps(as_json(chosen, results, lacking, limit), indent=2) + "\n", outputs.ANOTHER_PATH
+        )
         say(f"evaluate: {json_path}")
 
 

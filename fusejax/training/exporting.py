@@ -74,5 +74,5 @@ def export_run(config: Config, name: str) -> None:
     hf_config, _ = models.read_config(source)
     model = trainer.model(state)
     hf.save(model, hf_config, folder / "export", tokenizer_from=source, dtype=export_dtype(config))
-    outputs.write_atomically(folder / "export" / hf.MARKER, json.dumps(wanted), hf.OUTPUT)
+    outputs.write_atomically(folder / "export" / hf.MARKER, json.dumps(wanted))
     say(f"export {name}: {folder / 'export'}")
